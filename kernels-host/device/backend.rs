@@ -1,0 +1,120 @@
+//! The seam between the operations and the devices: one checked call per operation.
+//!
+//! An operation checks shapes, types, indices and devices at its door and then hands one of these
+//! structs down; a backend may rely on all of it.
+
+use ferroflash_kernels::abi::Sequence;
+
+use crate::device::{DeviceId, Storage};
+use crate::error::Result;
+use crate::kv_cache::{Int4Pages, Kv, KvMut};
+use crate::op::append_kv::AppendPlan;
+use crate::op::sample::SamplingParams;
+use crate::op::select_pages::PageBudget;
+use crate::plan::Plan;
+use crate::spec::AttentionSpec;
+use crate::tensor::{NaturalLog, View, ViewMut};
+
+/// Attention over a planned batch.
+pub(crate) struct AttentionCall<'a> {
+    pub(crate) spec: &'a AttentionSpec,
+    pub(crate) plan: &'a Plan,
+    /// f32 `[partial_rows, head_dim + 2]`: unnormalised O, row maximum (base 2), row sum.
+    pub(crate) partials: &'a mut Storage,
+    pub(crate) q: View<'a>,
+    pub(crate) kv: Kv<'a>,
+    pub(crate) out: ViewMut<'a>,
+    pub(crate) lse: Option<NaturalLog<ViewMut<'a>>>,
+}
+
+/// Merge of finished states of the same rows over disjoint KV.
+pub(crate) struct MergeCall<'a> {
+    pub(crate) states: &'a [(View<'a>, NaturalLog<View<'a>>)],
+    pub(crate) out: ViewMut<'a>,
+    pub(crate) lse: NaturalLog<ViewMut<'a>>,
+}
+
+/// Rotation of Q and K and writing of K and V into pages.
+pub(crate) struct AppendCall<'a> {
+    pub(crate) plan: &'a AppendPlan,
+    pub(crate) q: Option<ViewMut<'a>>,
+    pub(crate) k: View<'a>,
+    pub(crate) v: View<'a>,
+    pub(crate) kv: KvMut<'a>,
+}
+
+/// Top-k page selection: rewrites the page lists of `plan`.
+pub(crate) struct SelectCall<'a> {
+    pub(crate) spec: &'a AttentionSpec,
+    pub(crate) budget: PageBudget,
+    pub(crate) page_size: usize,
+    /// The sequences with all their pages.
+    pub(crate) sequences: &'a [Sequence],
+    pub(crate) pages: &'a [u32],
+    pub(crate) q: View<'a>,
+    pub(crate) summaries: View<'a>,
+    /// Chosen sequences and lists: per KV head, in ascending logical order.
+    pub(crate) chosen: &'a [Sequence],
+    pub(crate) chosen_pages: &'a mut [u32],
+}
+
+/// int4 pages back to f32.
+pub(crate) struct DequantCall<'a> {
+    pub(crate) pages: Int4Pages<'a>,
+    pub(crate) k: ViewMut<'a>,
+    pub(crate) v: ViewMut<'a>,
+}
+
+/// Root-mean-square norm over the last dimension.
+pub(crate) struct RmsNormCall<'a> {
+    /// `None`: in place, the input is `out`.
+    pub(crate) x: Option<View<'a>>,
+    pub(crate) residual: Option<ViewMut<'a>>,
+    pub(crate) weight: View<'a>,
+    pub(crate) eps: f32,
+    pub(crate) out: ViewMut<'a>,
+}
+
+/// `silu(gate) * up`.
+pub(crate) struct SiluMulCall<'a> {
+    pub(crate) gate_up: View<'a>,
+    pub(crate) out: ViewMut<'a>,
+}
+
+/// Rows of a table.
+pub(crate) struct EmbeddingCall<'a> {
+    pub(crate) table: View<'a>,
+    pub(crate) ids: &'a [u32],
+    pub(crate) out: ViewMut<'a>,
+}
+
+/// Next tokens from logits.
+pub(crate) struct SampleCall<'a> {
+    pub(crate) logits: View<'a>,
+    pub(crate) params: &'a [SamplingParams],
+    pub(crate) ids: &'a mut [u32],
+}
+
+/// A device.
+pub(crate) trait Backend: Send + Sync {
+    fn id(&self) -> DeviceId;
+    fn description(&self) -> String;
+    /// Parallel workers that a plan should fill.
+    fn workers(&self) -> usize;
+    /// Calls `f` once, on the device's threads where it has some.
+    fn enter(&self, f: &mut (dyn FnMut() + Send));
+    /// Zeroed memory.
+    fn alloc(&self, bytes: usize) -> Result<Storage>;
+    fn upload(&self, from: &[u8], to: &mut Storage) -> Result<()>;
+    fn download(&self, from: &Storage, to: &mut [u8]) -> Result<()>;
+
+    fn attention(&self, call: AttentionCall<'_>) -> Result<()>;
+    fn merge(&self, call: MergeCall<'_>) -> Result<()>;
+    fn append_kv(&self, call: AppendCall<'_>) -> Result<()>;
+    fn select_pages(&self, call: SelectCall<'_>) -> Result<()>;
+    fn dequantize_int4(&self, call: DequantCall<'_>) -> Result<()>;
+    fn rms_norm(&self, call: RmsNormCall<'_>) -> Result<()>;
+    fn silu_mul(&self, call: SiluMulCall<'_>) -> Result<()>;
+    fn embedding(&self, call: EmbeddingCall<'_>) -> Result<()>;
+    fn sample(&self, call: SampleCall<'_>) -> Result<()>;
+}

@@ -1,0 +1,185 @@
+//! Append on the CPU: rotate, convert, write into pages; summaries and int4 groups kept up.
+#![allow(unsafe_op_in_unsafe_fn)]
+
+use ferroflash_kernels::abi::INT4_GROUP;
+
+use super::Cpu;
+use super::convert::{load_row_as, store_row_as};
+use super::int4::Int4Rows;
+use super::kv_rows::Rows;
+use super::simd::{Simd, Task};
+use crate::device::AppendCall;
+use crate::kv_cache::KvMut;
+use crate::op::append_kv::AppendPlan;
+use crate::spec::RopeStyle;
+use crate::tensor::DType;
+
+pub(super) fn append_kv(cpu: &Cpu, call: AppendCall<'_>) {
+    let AppendCall { plan, q, k, v, kv } = call;
+    let job = Append {
+        plan,
+        q: q.as_ref().map(|q| (Ragged::new(&q.as_view()), q.shape()[1])),
+        k: Ragged::new(&k),
+        v: Ragged::new(&v),
+        to: match &kv {
+            KvMut::Paged { k, v, summaries } => To::Paged {
+                dtype: k.dtype(),
+                k: Rows::paged(&k.as_view()),
+                v: Rows::paged(&v.as_view()),
+                summaries: summaries.as_ref().map(|s| Rows::paged(&s.as_view())),
+            },
+            KvMut::Int4(pages) => To::Int4(Int4Rows::new(&pages.as_view(), plan.head_dim)),
+        },
+    };
+    let tokens = plan.num_tokens();
+    if let Some((_, heads)) = job.q
+        && plan.rotary_dim > 0
+    {
+        cpu.for_rows(tokens, tokens * heads * plan.head_dim, |range| {
+            cpu.level.run(RotateQ { job: &job, range });
+        });
+    }
+    // A head's tokens in order: summaries and int4 groups of a page see them as they come.
+    cpu.for_rows(plan.num_kv_heads, 2 * tokens * plan.num_kv_heads * plan.head_dim, |heads| {
+        for head in heads {
+            cpu.level.run(WriteHead { job: &job, head });
+        }
+    });
+}
+
+/// Rows `[token, head]` of a ragged tensor; strides in bytes.
+struct Ragged {
+    dtype: DType,
+    ptr: *const u8,
+    token: usize,
+    head: usize,
+}
+
+impl Ragged {
+    fn new(view: &crate::tensor::View<'_>) -> Self {
+        let size = view.dtype().size();
+        let strides = view.strides();
+        Ragged { dtype: view.dtype(), ptr: view.ptr(), token: strides[0] * size, head: strides[1] * size }
+    }
+
+    fn at(&self, token: usize, head: usize) -> *const u8 {
+        self.ptr.wrapping_add(token * self.token + head * self.head)
+    }
+}
+
+enum To {
+    Paged { dtype: DType, k: Rows, v: Rows, summaries: Option<Rows> },
+    Int4(Int4Rows),
+}
+
+struct Append<'a> {
+    plan: &'a AppendPlan,
+    q: Option<(Ragged, usize)>,
+    k: Ragged,
+    v: Ragged,
+    to: To,
+}
+
+// SAFETY: `RotateQ` tasks write the Q rows of their own tokens, `WriteHead` tasks the pages of their
+// own head, and the plan holds no slot twice.
+unsafe impl Sync for Append<'_> {}
+
+struct RotateQ<'a> {
+    job: &'a Append<'a>,
+    range: std::ops::Range<usize>,
+}
+
+impl Task for RotateQ<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let plan = self.job.plan;
+        let Some((q, heads)) = &self.job.q else { return };
+        let mut row = [0f32; 256];
+        for token in self.range {
+            for head in 0..*heads {
+                let at = q.at(token, head);
+                // Only the rotated channels change.
+                load_row_as::<S>(q.dtype, at, row.as_mut_ptr(), plan.rotary_dim);
+                rotate(plan, token, &mut row);
+                store_row_as::<S>(q.dtype, row.as_ptr(), at.cast_mut(), plan.rotary_dim);
+            }
+        }
+    }
+}
+
+struct WriteHead<'a> {
+    job: &'a Append<'a>,
+    head: usize,
+}
+
+impl Task for WriteHead<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    unsafe fn run<S: Simd>(self) {
+        let WriteHead { job, head } = self;
+        let plan = job.plan;
+        let dim = plan.head_dim;
+        let (mut k, mut v) = ([0f32; 256], [0f32; 256]);
+        for token in 0..plan.num_tokens() {
+            let Some((page, offset)) = plan.slot(token) else { continue };
+            load_row_as::<S>(job.k.dtype, job.k.at(token, head), k.as_mut_ptr(), dim);
+            load_row_as::<S>(job.v.dtype, job.v.at(token, head), v.as_mut_ptr(), dim);
+            rotate(plan, token, &mut k);
+            match &job.to {
+                To::Paged { dtype, k: k_rows, v: v_rows, summaries } => {
+                    let to = k_rows.at(page, head, offset).cast_mut();
+                    store_row_as::<S>(*dtype, k.as_ptr(), to, dim);
+                    store_row_as::<S>(*dtype, v.as_ptr(), v_rows.at(page, head, offset).cast_mut(), dim);
+                    if let Some(summaries) = summaries {
+                        // What attention will read, not what came in, bounds the scores.
+                        load_row_as::<S>(*dtype, to, k.as_mut_ptr(), dim);
+                        let min = summaries.at(page, head, 0).cast::<f32>().cast_mut();
+                        let max = summaries.at(page, head, 1).cast::<f32>().cast_mut();
+                        for (d, &x) in k.iter().enumerate().take(dim) {
+                            let fresh = offset == 0;
+                            *min.add(d) = if fresh { x } else { x.min(*min.add(d)) };
+                            *max.add(d) = if fresh { x } else { x.max(*max.add(d)) };
+                        }
+                    }
+                }
+                To::Int4(rows) => {
+                    let (tail, position) = (plan.tail_slots[token] as usize, plan.positions[token] as usize);
+                    let (k_tail, v_tail) = rows.tails();
+                    let in_group = position % INT4_GROUP;
+                    let clamp = |x: f32| x.clamp(-65504.0, 65504.0); // the tail is f16
+                    let (k, v) = (k.map(clamp), v.map(clamp));
+                    let (k_to, v_to) = (k_tail.at(tail, head, in_group), v_tail.at(tail, head, in_group));
+                    store_row_as::<S>(DType::F16, k.as_ptr(), k_to.cast_mut(), dim);
+                    store_row_as::<S>(DType::F16, v.as_ptr(), v_to.cast_mut(), dim);
+                    if in_group == INT4_GROUP - 1 {
+                        rows.flush(tail, page, head, offset - in_group);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Rotates the first `rotary_dim` channels by the token's angles.
+#[inline(always)]
+fn rotate(plan: &AppendPlan, token: usize, row: &mut [f32; 256]) {
+    let half = plan.rotary_dim / 2;
+    let cos = &plan.cos[token * half..][..half];
+    let sin = &plan.sin[token * half..][..half];
+    match plan.rope_style {
+        RopeStyle::HalfRotated => {
+            let (a, b) = row[..2 * half].split_at_mut(half);
+            for i in 0..half {
+                (a[i], b[i]) = (a[i] * cos[i] - b[i] * sin[i], b[i] * cos[i] + a[i] * sin[i]);
+            }
+        }
+        RopeStyle::Interleaved => {
+            for (i, pair) in row[..2 * half].chunks_exact_mut(2).enumerate() {
+                (pair[0], pair[1]) = (pair[0] * cos[i] - pair[1] * sin[i], pair[1] * cos[i] + pair[0] * sin[i]);
+            }
+        }
+    }
+}

@@ -1,0 +1,195 @@
+//! Where a block's K and V rows are, and how they come into f32 scratch.
+#![allow(unsafe_op_in_unsafe_fn)]
+
+use ferroflash_kernels::abi::{KV_BLOCK, Sequence};
+use half::{bf16, f16};
+
+use super::convert::{Float, load_row};
+use super::int4::Int4Rows;
+use super::simd::Simd;
+use crate::kv_cache::Kv;
+use crate::plan::Plan;
+use crate::tensor::{DType, View};
+
+/// What stands in for the rows after a sequence's end, so that unused slots are never read.
+static ZEROS: [f32; 256] = [0.0; 256];
+
+/// The KV of one call.
+pub(super) struct KvRows<'a> {
+    plan: &'a Plan,
+    head_dim: usize,
+    source: Source,
+}
+
+enum Source {
+    Float { dtype: DType, k: Rows, v: Rows },
+    Int4(Int4Rows),
+}
+
+/// Rows of one tensor; strides in bytes.
+#[derive(Clone, Copy)]
+pub(super) struct Rows {
+    pub(super) ptr: *const u8,
+    pub(super) page: usize,
+    pub(super) head: usize,
+    pub(super) token: usize,
+}
+
+impl Rows {
+    pub(super) fn paged(view: &View<'_>) -> Self {
+        let (s, size) = (view.strides(), view.dtype().size());
+        Rows { ptr: view.ptr(), page: s[0] * size, head: s[1] * size, token: s[2] * size }
+    }
+
+    /// One page that holds everything.
+    fn ragged(view: &View<'_>) -> Self {
+        let (s, size) = (view.strides(), view.dtype().size());
+        Rows { ptr: view.ptr(), page: 0, head: s[1] * size, token: s[0] * size }
+    }
+
+    #[inline(always)]
+    pub(super) fn at(&self, page: usize, head: usize, token: usize) -> *const u8 {
+        self.ptr.wrapping_add(page * self.page + head * self.head + token * self.token)
+    }
+}
+
+impl<'a> KvRows<'a> {
+    pub(super) fn new(kv: &Kv<'_>, plan: &'a Plan, head_dim: usize) -> Self {
+        let source = match kv {
+            Kv::Ragged { k, v } => Source::Float { dtype: k.dtype(), k: Rows::ragged(k), v: Rows::ragged(v) },
+            Kv::Paged { k, v } => Source::Float { dtype: k.dtype(), k: Rows::paged(k), v: Rows::paged(v) },
+            Kv::Int4(pages) => Source::Int4(Int4Rows::new(pages, head_dim)),
+        };
+        KvRows { plan, head_dim, source }
+    }
+
+    /// Page and offset of a sequence's token.
+    #[inline(always)]
+    pub(super) fn locate(&self, seq: &Sequence, head: usize, token: usize) -> (usize, usize) {
+        let page_size = self.plan.page_size;
+        if page_size == 0 {
+            return (0, seq.kv_start as usize + token);
+        }
+        let list = seq.page_start as usize + head * seq.pages_per_head as usize;
+        (self.plan.pages[list + token / page_size] as usize, token % page_size)
+    }
+
+    /// Addresses of tokens `at..at + n`, then zeros.
+    #[inline(always)]
+    fn addresses(&self, rows: &Rows, seq: &Sequence, head: usize, at: usize, n: usize) -> [*const u8; KV_BLOCK] {
+        let mut addresses = [ZEROS.as_ptr().cast(); KV_BLOCK];
+        let mut i = 0;
+        while i < n {
+            let (page, offset) = self.locate(seq, head, at + i);
+            let run = if self.plan.page_size == 0 { n - i } else { (n - i).min(self.plan.page_size - offset) };
+            let first = rows.at(page, head, offset);
+            for j in 0..run {
+                addresses[i + j] = first.wrapping_add(j * rows.token);
+            }
+            i += run;
+        }
+        addresses
+    }
+
+    /// K of tokens `at..at + n` as f32 `[head_dim padded to vectors, KV_BLOCK]`; columns from `n` are zero.
+    ///
+    /// # Safety
+    /// The machine has `S`; the plan's indices are within the call's KV; `to` and `spare` are block scratch.
+    #[inline(always)]
+    pub(super) unsafe fn load_k<S: Simd>(
+        &self,
+        seq: &Sequence,
+        head: usize,
+        at: usize,
+        n: usize,
+        to: *mut f32,
+        spare: *mut f32,
+    ) {
+        match &self.source {
+            Source::Float { dtype, k, .. } => {
+                let rows = self.addresses(k, seq, head, at, n);
+                match dtype {
+                    DType::F16 => transpose::<S, f16>(&rows, self.head_dim, to),
+                    DType::BF16 => transpose::<S, bf16>(&rows, self.head_dim, to),
+                    _ => transpose::<S, f32>(&rows, self.head_dim, to),
+                }
+            }
+            Source::Int4(pages) => {
+                let mut rows: [*const u8; KV_BLOCK] = [ZEROS.as_ptr().cast(); KV_BLOCK];
+                for (i, address) in rows.iter_mut().enumerate().take(n) {
+                    let row = spare.add(i * self.head_dim);
+                    pages.load_k::<S>(seq, head, at + i, self.locate(seq, head, at + i), row);
+                    *address = row.cast();
+                }
+                transpose::<S, f32>(&rows, self.head_dim, to)
+            }
+        }
+    }
+
+    /// V of tokens `at..at + n` as f32 rows: where they are and their distance. Rows from `n` are not
+    /// there.
+    ///
+    /// # Safety
+    /// As [`KvRows::load_k`].
+    #[inline(always)]
+    pub(super) unsafe fn load_v<S: Simd>(
+        &self,
+        seq: &Sequence,
+        head: usize,
+        at: usize,
+        n: usize,
+        to: *mut f32,
+    ) -> (*const f32, usize) {
+        let stride = self.head_dim.next_multiple_of(16);
+        match &self.source {
+            Source::Float { dtype, v, .. } => {
+                let rows = self.addresses(v, seq, head, at, n);
+                let in_place = *dtype == DType::F32
+                    && stride == self.head_dim
+                    && (0..n).all(|i| rows[i] == rows[0].wrapping_add(i * v.token));
+                if in_place {
+                    return (rows[0].cast(), v.token / 4);
+                }
+                for (i, row) in rows.iter().take(n).enumerate() {
+                    let to = to.add(i * stride);
+                    match dtype {
+                        DType::F16 => load_row::<S, f16>(row.cast(), to, self.head_dim),
+                        DType::BF16 => load_row::<S, bf16>(row.cast(), to, self.head_dim),
+                        _ => load_row::<S, f32>(row.cast(), to, self.head_dim),
+                    }
+                }
+            }
+            Source::Int4(pages) => {
+                for i in 0..n {
+                    pages.load_v::<S>(seq, head, at + i, self.locate(seq, head, at + i), to.add(i * stride));
+                }
+            }
+        }
+        for i in 0..n {
+            for d in self.head_dim..stride {
+                *to.add(i * stride + d) = 0.0;
+            }
+        }
+        (to, stride)
+    }
+}
+
+/// `KV_BLOCK` rows of `n` elements to f32 columns.
+#[inline(always)]
+unsafe fn transpose<S: Simd, T: Float>(rows: &[*const u8; KV_BLOCK], n: usize, to: *mut f32) {
+    for token in (0..KV_BLOCK).step_by(S::LANES) {
+        let whole = n - n % S::LANES;
+        for d in (0..whole).step_by(S::LANES) {
+            let square = S::square(
+                #[inline(always)]
+                |i| T::load::<S>(rows[token + i].cast::<T>().add(d)),
+            );
+            S::transpose(square, to.add(d * KV_BLOCK + token), KV_BLOCK);
+        }
+        for d in whole..n {
+            for i in 0..S::LANES {
+                *to.add(d * KV_BLOCK + token + i) = (*rows[token + i].cast::<T>().add(d)).to_f32();
+            }
+        }
+    }
+}

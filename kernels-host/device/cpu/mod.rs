@@ -1,0 +1,198 @@
+//! The CPU backend: rayon threads over work items, SIMD inside them.
+
+mod append;
+mod attend;
+mod convert;
+mod int4;
+mod kv_rows;
+mod layer;
+mod matmul;
+mod sampling;
+mod select;
+#[doc(hidden)]
+pub mod simd;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use rayon::prelude::*;
+
+use super::backend::*;
+use super::{DeviceId, Line, Storage};
+use crate::error::{Error, Result};
+pub(crate) use attend::partial_stride;
+pub use simd::SimdLevel;
+
+/// Settings of a CPU device.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CpuOptions {
+    /// Threads of the device's own pool; 0: rayon's global pool.
+    pub threads: usize,
+    /// Instruction set; `None`: the best one found.
+    pub simd: Option<SimdLevel>,
+}
+
+pub(crate) struct Cpu {
+    pool: Option<rayon::ThreadPool>,
+    level: SimdLevel,
+}
+
+impl Default for Cpu {
+    fn default() -> Self {
+        Cpu { pool: None, level: SimdLevel::detect() }
+    }
+}
+
+impl Cpu {
+    pub(crate) fn new(options: CpuOptions) -> Result<Self> {
+        let unavailable = |why: String| Error::Unavailable { device: "cpu".into(), why };
+        let level = options.simd.unwrap_or_else(SimdLevel::detect);
+        if !level.is_available() {
+            return Err(unavailable(format!("this machine has no {level:?}; it has {:?}", SimdLevel::detect())));
+        }
+        let pool = match options.threads {
+            0 => None,
+            n => {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(n).build();
+                Some(pool.map_err(|e| unavailable(e.to_string()))?)
+            }
+        };
+        Ok(Cpu { pool, level })
+    }
+
+    /// Calls `f` for `0..n`, each index once, on as many threads as help; early indices start first.
+    fn for_each(&self, n: usize, f: impl Fn(usize) + Sync + Send) {
+        if n <= 1 || self.workers() == 1 {
+            return (0..n).for_each(f);
+        }
+        let next = AtomicUsize::new(0);
+        let work = |_| {
+            loop {
+                let i = next.fetch_add(1, Ordering::Relaxed);
+                if i >= n {
+                    return;
+                }
+                f(i);
+            }
+        };
+        let workers = self.workers().min(n);
+        let run = || (0..workers).into_par_iter().with_max_len(1).for_each(work);
+        match &self.pool {
+            Some(pool) => pool.install(run),
+            None => run(),
+        }
+    }
+
+    /// As [`Cpu::for_each`] over `rows` rows in runs, sequential where the work (in elements) is so
+    /// small that waking a thread would cost more.
+    fn for_rows(&self, rows: usize, elements: usize, f: impl Fn(std::ops::Range<usize>) + Sync + Send) {
+        if elements < 1 << 15 {
+            return f(0..rows);
+        }
+        let runs = (4 * self.workers()).min(rows);
+        self.for_each(runs, |i| f(i * rows / runs..(i + 1) * rows / runs));
+    }
+}
+
+impl Backend for Cpu {
+    fn id(&self) -> DeviceId {
+        DeviceId::Cpu
+    }
+
+    fn description(&self) -> String {
+        format!("cpu, {} threads, {:?}", self.workers(), self.level)
+    }
+
+    fn workers(&self) -> usize {
+        self.pool.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads())
+    }
+
+    fn enter(&self, f: &mut (dyn FnMut() + Send)) {
+        match &self.pool {
+            Some(pool) => pool.install(f),
+            None => rayon::scope(|_| f()),
+        }
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<Storage> {
+        let n = bytes.div_ceil(size_of::<Line>());
+        let mut lines = Vec::new();
+        let failed = |_| Error::OutOfMemory { device: "cpu".into(), bytes: bytes as u128 };
+        lines.try_reserve_exact(n).map_err(failed)?;
+        lines.resize(n, bytemuck::Zeroable::zeroed());
+        Ok(Storage::Host { lines, bytes })
+    }
+
+    fn upload(&self, from: &[u8], to: &mut Storage) -> Result<()> {
+        if let Some(to) = to.host_mut() {
+            to.copy_from_slice(from);
+        }
+        Ok(())
+    }
+
+    fn download(&self, from: &Storage, to: &mut [u8]) -> Result<()> {
+        if let Some(from) = from.host() {
+            to.copy_from_slice(from);
+        }
+        Ok(())
+    }
+
+    fn attention(&self, call: AttentionCall<'_>) -> Result<()> {
+        attend::attention(self, call);
+        Ok(())
+    }
+
+    fn merge(&self, call: MergeCall<'_>) -> Result<()> {
+        layer::merge(self, call);
+        Ok(())
+    }
+
+    fn append_kv(&self, call: AppendCall<'_>) -> Result<()> {
+        append::append_kv(self, call);
+        Ok(())
+    }
+
+    fn select_pages(&self, call: SelectCall<'_>) -> Result<()> {
+        select::select_pages(self, call);
+        Ok(())
+    }
+
+    fn dequantize_int4(&self, call: DequantCall<'_>) -> Result<()> {
+        int4::dequantize(self, call);
+        Ok(())
+    }
+
+    fn rms_norm(&self, call: RmsNormCall<'_>) -> Result<()> {
+        layer::rms_norm(self, call);
+        Ok(())
+    }
+
+    fn silu_mul(&self, call: SiluMulCall<'_>) -> Result<()> {
+        layer::silu_mul(self, call);
+        Ok(())
+    }
+
+    fn embedding(&self, call: EmbeddingCall<'_>) -> Result<()> {
+        layer::embedding(self, call);
+        Ok(())
+    }
+
+    fn sample(&self, call: SampleCall<'_>) -> Result<()> {
+        sampling::sample(self, call);
+        Ok(())
+    }
+}
+
+/// A pointer that threads share, each for rows of its own.
+#[derive(Clone, Copy)]
+struct Shared<T>(*mut T);
+
+// SAFETY: the users write disjoint rows: each says which.
+unsafe impl<T> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    fn get(self) -> *mut T {
+        self.0
+    }
+}

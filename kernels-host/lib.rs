@@ -1,0 +1,17 @@
+#![doc = include_str!("../README.md")]
+#![warn(unsafe_op_in_unsafe_fn)]
+
+pub mod device;
+mod error;
+mod kv_cache;
+pub mod op;
+mod plan;
+mod spec;
+mod tensor;
+
+pub use device::{CpuOptions, Device, DeviceId, SimdLevel};
+pub use error::{Error, Result};
+pub use kv_cache::{INT4_GROUP, Int4Pages, Int4PagesMut, Kv, KvCache, KvCacheSpec, KvFormat, KvMut};
+pub use plan::{Batch, KvTable, Plan, Splits, TreeMask};
+pub use spec::{AttentionSpec, RopeScaling, RopeSpec, RopeStyle};
+pub use tensor::{DType, Dims, Element, MAX_RANK, NaturalLog, Tensor, View, ViewMut};

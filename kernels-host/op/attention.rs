@@ -1,0 +1,165 @@
+//! Attention over a planned batch: long and short queries, ragged, paged or int4 KV, in one call.
+
+use super::Door;
+use crate::device::{AttentionCall, Device, Storage};
+use crate::error::{Error, Result};
+use crate::kv_cache::Kv;
+use crate::plan::{Batch, Plan, Splits};
+use crate::spec::AttentionSpec;
+use crate::tensor::{NaturalLog, View, ViewMut};
+
+/// One step's attention: made once from the step's lengths, run by every layer.
+///
+/// Softmax is computed online over KV blocks (FlashAttention-2, arXiv:2307.08691); where the plan splits
+/// a row's KV over workers, the partial states are merged in order (Flash-Decoding).
+pub struct AttentionPlan {
+    op: &'static str,
+    device: Device,
+    spec: AttentionSpec,
+    plan: Plan,
+    partials: Storage,
+}
+
+impl AttentionPlan {
+    /// Plans a batch of any mix of query lengths.
+    ///
+    /// # Errors
+    /// A [`Error::Value`] names the parameter of `spec` or `batch` that is out of its domain.
+    pub fn new(device: &Device, spec: &AttentionSpec, batch: &Batch<'_>, splits: Splits) -> Result<Self> {
+        Self::for_op("attention", device, spec, batch, splits)
+    }
+
+    pub(crate) fn for_op(
+        op: &'static str,
+        device: &Device,
+        spec: &AttentionSpec,
+        batch: &Batch<'_>,
+        splits: Splits,
+    ) -> Result<Self> {
+        let plan = Plan::new(op, spec, batch, splits, device.backend().workers())?;
+        Self::from_plan(op, device, spec, plan)
+    }
+
+    pub(crate) fn from_plan(
+        op: &'static str,
+        device: &Device,
+        spec: &AttentionSpec,
+        plan: Plan,
+    ) -> Result<Self> {
+        let partials = device.backend().alloc(workspace_bytes(&plan, spec.head_dim))?;
+        Ok(AttentionPlan { op, device: device.clone(), spec: spec.clone(), plan, partials })
+    }
+
+    /// The work items, for looking at.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    pub(crate) fn plan_mut(&mut self) -> &mut Plan {
+        &mut self.plan
+    }
+
+    pub(crate) fn spec(&self) -> &AttentionSpec {
+        &self.spec
+    }
+
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// Bytes of device memory that the plan holds for partial states.
+    pub fn workspace_bytes(&self) -> usize {
+        workspace_bytes(&self.plan, self.spec.head_dim)
+    }
+
+    /// Computes attention.
+    ///
+    /// - `q`, `out`: `[total_q, num_q_heads, head_dim]`, f32, f16 or bf16, last dimension contiguous.
+    /// - `kv`: as planned: ragged `[total_kv, num_kv_heads, head_dim]`, pages of the planned size, or int4 pages.
+    /// - `lse`: f32 `[total_q, num_q_heads]`.
+    ///
+    /// A row with nothing to attend to gives O = 0 and LSE = `-inf` (with a learned sink: its logit).
+    /// Arithmetic is in f32 whatever the types. KV slots past a sequence's length are not read.
+    pub fn run(
+        &mut self,
+        q: View<'_>,
+        kv: Kv<'_>,
+        out: ViewMut<'_>,
+        lse: Option<NaturalLog<ViewMut<'_>>>,
+    ) -> Result<()> {
+        let door = Door { op: self.op, device: &self.device };
+        let AttentionSpec { num_q_heads, num_kv_heads, head_dim, .. } = self.spec;
+        let rows = [self.plan.total_q, num_q_heads, head_dim];
+        door.floats("q", &q, &rows)?;
+        door.floats("out", &out.as_view(), &rows)?;
+        if let Some(lse) = &lse {
+            door.f32s("lse", &lse.0.as_view(), &rows[..2])?;
+        }
+        for (what, view) in kv.views() {
+            door.device(what, &view)?;
+        }
+        let dims = kv.check(self.op, num_kv_heads, head_dim)?;
+        self.check_kv(&door, &kv, dims)?;
+        self.device.backend().attention(AttentionCall {
+            spec: &self.spec,
+            plan: &self.plan,
+            partials: &mut self.partials,
+            q,
+            kv,
+            out,
+            lse,
+        })
+    }
+
+    fn check_kv(&self, door: &Door<'_>, kv: &Kv<'_>, dims: crate::kv_cache::PageDims) -> Result<()> {
+        let plan = &self.plan;
+        if let Kv::Ragged { .. } = kv {
+            if plan.page_size != 0 {
+                return Err(Error::value(self.op, "kv", "paged KV, as planned", "ragged KV"));
+            }
+            if dims.page_size < plan.total_kv {
+                let expected = format_args!("at least {} rows", plan.total_kv).to_string();
+                return Err(Error::shape(self.op, "k", expected, dims.page_size));
+            }
+            return Ok(());
+        }
+        if plan.page_size == 0 {
+            return Err(Error::value(self.op, "kv", "ragged KV, as planned", "paged KV"));
+        }
+        door.page_size(plan.page_size, dims.page_size)?;
+        door.pages("the page table", plan.num_pages, dims.num_pages)?;
+        match (kv, plan.num_tails) {
+            (Kv::Int4(_), None) => {
+                Err(Error::value(self.op, "tail_slots", "one per sequence for int4 KV", "none"))
+            }
+            (Kv::Int4(_), Some(needed)) if needed > dims.num_tails => Err(Error::Index {
+                op: self.op,
+                what: "tail_slots".into(),
+                index: needed as i64 - 1,
+                limit: dims.num_tails as u64,
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl std::fmt::Debug for AttentionPlan {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} on {}: {} sequences, {} query tokens, {} work items, {} merges, {} bytes of workspace",
+            self.op,
+            self.device.id(),
+            self.plan.sequences.len(),
+            self.plan.total_q,
+            self.plan.items.len(),
+            self.plan.merges.len(),
+            self.workspace_bytes()
+        )
+    }
+}
+
+fn workspace_bytes(plan: &Plan, head_dim: usize) -> usize {
+    // 64 bytes on top of padded rows hold each row's maximum and sum.
+    plan.partial_rows * crate::device::partial_stride(head_dim) * 4
+}

@@ -1,0 +1,166 @@
+//! Attention against the f64 oracle: generated cases, hostile ones, and bits that must not move.
+
+mod common;
+
+use common::cases::{Case, Place, Problem};
+use common::devices;
+use ferroflash::{AttentionSpec, DType, Splits};
+use proptest::prelude::*;
+
+fn base() -> Case {
+    Case {
+        spec: AttentionSpec::new(4, 2, 64).causal(),
+        lengths: vec![(3, 70), (1, 65)],
+        n_tree: None,
+        q_dtype: DType::F32,
+        kv_dtype: DType::F32,
+        place: Place::Ragged,
+        splits: Splits::Auto,
+        q_scale: 1.0,
+        seed: 7,
+    }
+}
+
+fn check(case: Case) {
+    let problem = Problem::new(case);
+    for device in devices() {
+        let outcome = problem.run(&device);
+        if let Err(error) = problem.check(&outcome) {
+            panic!("{error}\non {device:?}\n{:#?}", problem.case);
+        }
+    }
+}
+
+fn dtype() -> impl Strategy<Value = DType> {
+    prop_oneof![Just(DType::F32), Just(DType::F16), Just(DType::BF16)]
+}
+
+fn place() -> impl Strategy<Value = Place> {
+    prop_oneof![
+        Just(Place::Ragged),
+        (prop_oneof![Just(1), Just(3), Just(16), Just(64), Just(100)], any::<bool>(), any::<bool>())
+            .prop_map(|(page_size, nhd, block_table)| Place::Paged { page_size, nhd, block_table }),
+    ]
+}
+
+fn splits() -> impl Strategy<Value = Splits> {
+    prop_oneof![Just(Splits::Auto), Just(Splits::None), Just(Splits::Fixed(64)), Just(Splits::Fixed(200))]
+}
+
+fn spec() -> impl Strategy<Value = AttentionSpec> {
+    let heads = prop_oneof![Just((1, 1)), Just((3, 3)), Just((4, 2)), Just((6, 1)), Just((9, 3))];
+    let head_dim = prop_oneof![Just(8), Just(40), Just(64), Just(80), Just(96), Just(128), Just(256)];
+    let window = prop_oneof![Just(None), (1u32..200).prop_map(Some)];
+    (heads, head_dim, any::<bool>(), window, 0u32..6, 0u32..16, any::<u64>()).prop_map(
+        |((q, kv), head_dim, causal, window, num_sinks, features, seed)| {
+            let mut spec = AttentionSpec::new(q, kv, head_dim);
+            spec.causal = causal;
+            spec.window = window;
+            spec.num_sinks = num_sinks;
+            let mut rng = common::Rng(seed);
+            if features & 3 == 0 {
+                spec.soft_cap = Some(3.0);
+            }
+            if features & 4 == 0 {
+                spec.alibi_slopes = Some((0..q).map(|h| 0.5f32.powi(h as i32 + 1)).collect());
+            }
+            if features & 8 == 0 {
+                spec.sink_logits = Some(rng.normals(q));
+            }
+            spec
+        },
+    )
+}
+
+fn lengths() -> impl Strategy<Value = Vec<(usize, usize)>> {
+    let kv_len = prop_oneof![Just(0usize), 1usize..4, 60usize..70, 1usize..600];
+    let q_len = prop_oneof![Just(0usize), Just(1), 2usize..10, 1usize..150];
+    proptest::collection::vec((q_len, kv_len), 1..4)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn generated_cases(
+        spec in spec(), lengths in lengths(), q_dtype in dtype(), kv_dtype in dtype(),
+        place in place(), splits in splits(), q_scale in prop_oneof![Just(1.0f32), Just(30.0)], seed: u64,
+    ) {
+        check(Case { spec, lengths, n_tree: None, q_dtype, kv_dtype, place, splits, q_scale, seed });
+    }
+
+    #[test]
+    fn generated_trees(
+        lengths in lengths(), n_tree in prop_oneof![Just(0usize), 1usize..40, 200usize..257],
+        dtype in dtype(), place in place(), splits in splits(), seed: u64,
+    ) {
+        let spec = AttentionSpec::new(4, 2, 64);
+        check(Case {
+            spec, lengths, n_tree: Some(n_tree), q_dtype: dtype, kv_dtype: dtype, place, splits,
+            q_scale: 1.0, seed,
+        });
+    }
+}
+
+#[test]
+fn empty_rows_are_zero_and_minus_infinity() {
+    // More queries than keys: the first two see nothing; and a sequence without keys.
+    let problem = Problem::new(Case { lengths: vec![(5, 3), (2, 0)], ..base() });
+    for device in devices() {
+        let outcome = problem.run(&device);
+        problem.check(&outcome).unwrap();
+        let heads = 4;
+        for row in (0..2 * heads).chain(5 * heads..7 * heads) {
+            assert_eq!(outcome.lse[row], f32::NEG_INFINITY);
+            assert!(outcome.out[row * 64..][..64].iter().all(|&x| x == 0.0));
+        }
+    }
+}
+
+#[test]
+fn long_kv_is_split_and_merged() {
+    let mut case = Case { lengths: vec![(1, 5000), (4, 3000)], ..base() };
+    for splits in [Splits::Auto, Splits::None, Splits::Fixed(512)] {
+        case.splits = splits;
+        check(case.clone());
+    }
+}
+
+/// The bits of the last query's row, computed in many surroundings.
+#[test]
+fn fixed_splits_make_a_row_independent_of_its_batch() {
+    let lengths = vec![(150, 700)];
+    let whole = Problem::new(Case { lengths, splits: Splits::Fixed(256), ..base() });
+    for device in devices() {
+        let expected = whole.run(&device);
+        let row_values = 4 * 64;
+        for (place, others, q_len) in [
+            (Place::Ragged, 0, 150),
+            (Place::Ragged, 3, 1),
+            (Place::Paged { page_size: 1, nhd: false, block_table: false }, 2, 7),
+            (Place::Paged { page_size: 48, nhd: true, block_table: true }, 1, 129),
+        ] {
+            // Chunked prefill: the same sequence, its last `q_len` queries, among `others`.
+            let mut lengths = vec![(2, 900); others];
+            lengths.push((q_len, 700));
+            let mut part = Problem::new(Case { lengths, place, splits: Splits::Fixed(256), ..base() });
+            (part.k[others], part.v[others]) = (whole.k[0].clone(), whole.v[0].clone());
+            let at = part.q.len() - q_len * row_values;
+            part.q[at..].copy_from_slice(&whole.q[(150 - q_len) * row_values..]);
+            let got = part.run(&device);
+            let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            let tail = (150 - q_len) * row_values;
+            assert_eq!(bits(&got.out[at..]), bits(&expected.out[tail..]), "{place:?} {others} {q_len}");
+        }
+    }
+}
+
+#[test]
+fn the_same_call_gives_the_same_bits() {
+    let problem = Problem::new(Case { lengths: vec![(1, 4000), (90, 400)], ..base() });
+    for device in devices() {
+        let (a, b) = (problem.run(&device), problem.run(&device));
+        assert_eq!(a.out, b.out);
+        assert_eq!(a.lse, b.lse);
+    }
+}

@@ -1,0 +1,297 @@
+//! The table of attention cases: what is asked, how it is laid out, and how it is checked.
+
+use ferroflash::op::attention::AttentionPlan;
+use ferroflash::{AttentionSpec, Batch, DType, Device, Kv, KvTable, NaturalLog, Splits, TreeMask, ViewMut};
+
+use super::reference::{Features, attend};
+use super::{Elements, Rng, rounded};
+
+/// Where a case keeps its KV.
+#[derive(Clone, Copy, Debug)]
+pub enum Place {
+    Ragged,
+    /// Shuffled pages; unused slots and pages hold NaN.
+    Paged { page_size: usize, nhd: bool, block_table: bool },
+}
+
+/// One attention problem. `Debug` prints all that makes it.
+#[derive(Clone, Debug)]
+pub struct Case {
+    pub spec: AttentionSpec,
+    /// Query and KV tokens of each sequence.
+    pub lengths: Vec<(usize, usize)>,
+    /// Tree columns: the last `n_tree` of each sequence's KV, as far as it has them.
+    pub n_tree: Option<usize>,
+    pub q_dtype: DType,
+    pub kv_dtype: DType,
+    pub place: Place,
+    pub splits: Splits,
+    /// Standard deviation of Q: large ones give extreme logits.
+    pub q_scale: f32,
+    pub seed: u64,
+}
+
+/// What a device gave.
+pub struct Outcome {
+    pub out: Vec<f32>,
+    pub lse: Vec<f32>,
+}
+
+/// A case with its numbers drawn.
+pub struct Problem {
+    pub case: Case,
+    pub qo_indptr: Vec<u32>,
+    pub q: Vec<f32>,
+    /// `[sequence][kv_head][token]` rows, as their type holds them.
+    pub k: Vec<Vec<Vec<Vec<f32>>>>,
+    pub v: Vec<Vec<Vec<Vec<f32>>>>,
+    pub n_tree: Vec<u32>,
+    pub mask: Vec<u32>,
+}
+
+impl Problem {
+    pub fn new(case: Case) -> Self {
+        let mut rng = Rng(case.seed);
+        let AttentionSpec { num_q_heads, num_kv_heads, head_dim, .. } = case.spec;
+        let mut qo_indptr = vec![0u32];
+        for &(q_len, _) in &case.lengths {
+            qo_indptr.push(qo_indptr.last().unwrap() + q_len as u32);
+        }
+        let total_q = *qo_indptr.last().unwrap() as usize;
+        let q = rng
+            .normals(total_q * num_q_heads * head_dim)
+            .into_iter()
+            .map(|x| rounded(case.q_dtype, x * case.q_scale))
+            .collect();
+        let mut rows = || -> Vec<Vec<Vec<Vec<f32>>>> {
+            let row = |rng: &mut Rng| -> Vec<f32> {
+                rng.normals(head_dim).into_iter().map(|x| rounded(case.kv_dtype, x)).collect()
+            };
+            case.lengths
+                .iter()
+                .map(|&(_, kv)| {
+                    (0..num_kv_heads).map(|_| (0..kv).map(|_| row(&mut rng)).collect()).collect()
+                })
+                .collect()
+        };
+        let (k, v) = (rows(), rows());
+        let (mut n_tree, mut mask) = (Vec::new(), Vec::new());
+        if let Some(n) = case.n_tree {
+            for &(q_len, kv_len) in &case.lengths {
+                let n = n.min(kv_len);
+                n_tree.push(n as u32);
+                for _ in 0..q_len {
+                    mask.extend((0..n.div_ceil(32)).map(|_| rng.bits() as u32));
+                }
+            }
+        }
+        Problem { case, qo_indptr, q, k, v, n_tree, mask }
+    }
+
+    /// Whether the tree mask lets query `token` of sequence `s` see KV column `column`.
+    fn tree_visible(&self, s: usize, token: usize, column: usize) -> bool {
+        if self.case.n_tree.is_none() {
+            return true;
+        }
+        let (n_tree, kv_len) = (self.n_tree[s] as usize, self.case.lengths[s].1);
+        let words = n_tree.div_ceil(32);
+        let before: usize =
+            (0..s).map(|s| self.case.lengths[s].0 * (self.n_tree[s] as usize).div_ceil(32)).sum();
+        let Some(bit) = (column + n_tree).checked_sub(kv_len) else { return true };
+        self.mask[before + token * words + bit / 32] >> (bit % 32) & 1 == 1
+    }
+
+    /// The oracle's O and LSE in f64, and the naive implementation's in f32 rounded to the output type.
+    pub fn truth(&self) -> (Outcome64, Outcome64) {
+        let spec = &self.case.spec;
+        let dim = spec.head_dim;
+        let (mut exact, mut naive) = (Outcome64::default(), Outcome64::default());
+        for (s, &(q_len, kv_len)) in self.case.lengths.iter().enumerate() {
+            for token in 0..q_len {
+                for head in 0..spec.num_q_heads {
+                    let kv_head = head / spec.group();
+                    let row = (self.qo_indptr[s] as usize + token) * spec.num_q_heads + head;
+                    let features = Features {
+                        scale: spec.softmax_scale as f64,
+                        causal: spec.causal,
+                        window: spec.window,
+                        num_sinks: spec.num_sinks,
+                        soft_cap: spec.soft_cap,
+                        alibi_slope: spec.alibi_slopes.as_ref().map(|a| a[head]),
+                        sink_logit: spec.sink_logits.as_ref().map(|a| a[head]),
+                    };
+                    let q = &self.q[row * dim..][..dim];
+                    let q_pos = kv_len as i64 - q_len as i64 + token as i64;
+                    let (k, v) = (&self.k[s][kv_head], &self.v[s][kv_head]);
+                    let visible = |column| self.tree_visible(s, token, column);
+                    let (o, lse) = attend::<f64>(q, q_pos, k, v, &features, visible);
+                    exact.out.extend(o);
+                    exact.lse.push(lse);
+                    let (o, lse) = attend::<f32>(q, q_pos, k, v, &features, visible);
+                    naive.out.extend(o.iter().map(|&x| rounded(self.case.q_dtype, x as f32) as f64));
+                    naive.lse.push(lse);
+                }
+            }
+        }
+        (exact, naive)
+    }
+
+    /// Runs the case on a device.
+    pub fn run(&self, device: &Device) -> Outcome {
+        let case = &self.case;
+        let spec = &case.spec;
+        let shape = [*self.qo_indptr.last().unwrap() as usize, spec.num_q_heads, spec.head_dim];
+        let q = Elements::new(case.q_dtype, &self.q);
+        let mut out = Elements::new(case.q_dtype, &vec![f32::NAN; self.q.len()]);
+        let mut lse = vec![f32::NAN; shape[0] * shape[1]];
+        let tables = Tables::new(self);
+        let mut batch = Batch::new(&self.qo_indptr, tables.kv_table());
+        if case.n_tree.is_some() {
+            batch.tree = Some(TreeMask { n_tree: &self.n_tree, mask: &self.mask });
+        }
+        let mut plan = AttentionPlan::new(device, spec, &batch, case.splits).unwrap();
+        let lse_view = NaturalLog(ViewMut::from_slice(&mut lse, &shape[..2]).unwrap());
+        plan.run(q.view(&shape), tables.kv(), out.view_mut(&shape), Some(lse_view)).unwrap();
+        Outcome { out: out.to_f32(), lse }
+    }
+
+    /// Compares with the oracle: the error may be twice the naive implementation's, plus a floor of
+    /// rounding in the accumulation.
+    pub fn check(&self, outcome: &Outcome) -> Result<(), String> {
+        let (exact, naive) = self.truth();
+        compare("O", &outcome.out, &exact.out, &naive.out, 2e-6)?;
+        compare("LSE", &outcome.lse, &exact.lse, &naive.lse, 4e-6)
+    }
+}
+
+/// Results in f64.
+#[derive(Default)]
+pub struct Outcome64 {
+    pub out: Vec<f64>,
+    pub lse: Vec<f64>,
+}
+
+/// Largest error against the exact values, bounded by twice the naive one plus `floor` times the
+/// largest magnitude (at least 1).
+pub fn compare(what: &str, got: &[f32], exact: &[f64], naive: &[f64], floor: f64) -> Result<(), String> {
+    assert_eq!(got.len(), exact.len());
+    let finite = |x: &&f64| x.is_finite();
+    let magnitude = exact.iter().filter(finite).fold(1.0f64, |m, x| m.max(x.abs()));
+    let mut allowed = 0.0f64;
+    for (n, e) in naive.iter().zip(exact).filter(|(_, e)| e.is_finite()) {
+        allowed = allowed.max((n - e).abs());
+    }
+    let allowed = 2.0 * allowed + floor * magnitude;
+    for (i, (&g, &e)) in got.iter().zip(exact).enumerate() {
+        let same = if e.is_finite() { (g as f64 - e).abs() <= allowed } else { g as f64 == e };
+        if !same {
+            return Err(format!("{what}[{i}] is {g}, exact {e}, error allowed {allowed:e}"));
+        }
+    }
+    Ok(())
+}
+
+/// KV laid out as the case says.
+pub struct Tables {
+    place: Place,
+    k: Elements,
+    v: Elements,
+    shape: Vec<usize>,
+    kv_indptr: Vec<u32>,
+    pages: Vec<u32>,
+    last_page_len: Vec<u32>,
+    block_table: Vec<u32>,
+    max_blocks: usize,
+    seq_lens: Vec<u32>,
+}
+
+impl Tables {
+    pub fn new(problem: &Problem) -> Self {
+        let case = &problem.case;
+        let AttentionSpec { num_kv_heads: heads, head_dim: dim, .. } = case.spec;
+        let seq_lens: Vec<u32> = case.lengths.iter().map(|&(_, kv)| kv as u32).collect();
+        let mut kv_indptr = vec![0u32];
+        let (page_size, nhd) = match case.place {
+            Place::Ragged => (0, false),
+            Place::Paged { page_size, nhd, .. } => (page_size, nhd),
+        };
+        let pages_of = |len: u32| if page_size == 0 { len } else { len.div_ceil(page_size as u32) };
+        for &len in &seq_lens {
+            kv_indptr.push(kv_indptr.last().unwrap() + pages_of(len));
+        }
+        let used = *kv_indptr.last().unwrap() as usize;
+        let mut rng = Rng(case.seed ^ 1);
+        // Two pages more than needed, never named.
+        let pages: Vec<u32> = rng.permutation(used + 2)[..used].to_vec();
+        let shape = match case.place {
+            Place::Ragged => vec![used, heads, dim],
+            Place::Paged { nhd: false, .. } => vec![used + 2, heads, page_size, dim],
+            Place::Paged { nhd: true, .. } => vec![used + 2, page_size, heads, dim],
+        };
+        let lay = |rows: &Vec<Vec<Vec<Vec<f32>>>>| {
+            let mut data = vec![f32::NAN; shape.iter().product()];
+            for (s, by_head) in rows.iter().enumerate() {
+                for (head, tokens) in by_head.iter().enumerate() {
+                    for (t, row) in tokens.iter().enumerate() {
+                        let start = kv_indptr[s] as usize;
+                        let at = if page_size == 0 {
+                            (start + t) * heads + head
+                        } else {
+                            let (page, offset) = (pages[start + t / page_size] as usize, t % page_size);
+                            if nhd {
+                                (page * page_size + offset) * heads + head
+                            } else {
+                                (page * heads + head) * page_size + offset
+                            }
+                        };
+                        data[at * dim..][..dim].copy_from_slice(row);
+                    }
+                }
+            }
+            Elements::new(case.kv_dtype, &data)
+        };
+        let (k, v) = (lay(&problem.k), lay(&problem.v));
+        let last_page_len = seq_lens
+            .iter()
+            .map(|&len| if page_size == 0 || len == 0 { 0 } else { (len - 1) % page_size as u32 + 1 })
+            .collect();
+        let max_blocks = seq_lens.iter().map(|&len| pages_of(len)).max().unwrap_or(0) as usize + 1;
+        // Entries past a sequence's end are out of range on purpose.
+        let mut block_table = vec![u32::MAX; max_blocks * seq_lens.len()];
+        for s in 0..seq_lens.len() {
+            let list = &pages[kv_indptr[s] as usize..kv_indptr[s + 1] as usize];
+            block_table[s * max_blocks..][..list.len()].copy_from_slice(list);
+        }
+        let place = case.place;
+        Tables { place, k, v, shape, kv_indptr, pages, last_page_len, block_table, max_blocks, seq_lens }
+    }
+
+    pub fn kv_table(&self) -> KvTable<'_> {
+        match self.place {
+            Place::Ragged => KvTable::Ragged { kv_indptr: &self.kv_indptr },
+            Place::Paged { page_size, block_table: true, .. } => KvTable::Block {
+                page_size,
+                block_table: &self.block_table,
+                max_blocks: self.max_blocks,
+                seq_lens: &self.seq_lens,
+            },
+            Place::Paged { page_size, .. } => KvTable::Csr {
+                page_size,
+                kv_indptr: &self.kv_indptr,
+                kv_indices: &self.pages,
+                last_page_len: &self.last_page_len,
+            },
+        }
+    }
+
+    pub fn kv(&self) -> Kv<'_> {
+        let (k, v) = (self.k.view(&self.shape), self.v.view(&self.shape));
+        match self.place {
+            Place::Ragged => Kv::Ragged { k, v },
+            Place::Paged { nhd: true, .. } => {
+                Kv::Paged { k: k.permute(&[0, 2, 1, 3]).unwrap(), v: v.permute(&[0, 2, 1, 3]).unwrap() }
+            }
+            Place::Paged { .. } => Kv::Paged { k, v },
+        }
+    }
+}
