@@ -106,12 +106,13 @@ impl<'a> KvRows<'a> {
         spare: *mut f32,
     ) {
         match &self.source {
-            Source::Float { dtype, k, .. } => {
+            Source::Float { dtype, k, v } => {
                 let rows = self.addresses(k, seq, head, at, n);
+                let ahead = self.addresses(v, seq, head, at, n);
                 match dtype {
-                    DType::F16 => transpose::<S, f16>(&rows, self.head_dim, to),
-                    DType::BF16 => transpose::<S, bf16>(&rows, self.head_dim, to),
-                    _ => transpose::<S, f32>(&rows, self.head_dim, to),
+                    DType::F16 => transpose::<S, f16>(&rows, &ahead, self.head_dim, to),
+                    DType::BF16 => transpose::<S, bf16>(&rows, &ahead, self.head_dim, to),
+                    _ => transpose::<S, f32>(&rows, &ahead, self.head_dim, to),
                 }
             }
             Source::Int4(pages) => {
@@ -121,7 +122,7 @@ impl<'a> KvRows<'a> {
                     pages.load_k::<S>(seq, head, at + i, self.locate(seq, head, at + i), row);
                     *address = row.cast();
                 }
-                transpose::<S, f32>(&rows, self.head_dim, to)
+                transpose::<S, f32>(&rows, &rows, self.head_dim, to)
             }
         }
     }
@@ -142,16 +143,24 @@ impl<'a> KvRows<'a> {
     ) -> (*const f32, usize) {
         let stride = self.head_dim.next_multiple_of(16);
         match &self.source {
-            Source::Float { dtype, v, .. } => {
+            Source::Float { dtype, k, v } => {
                 let rows = self.addresses(v, seq, head, at, n);
+                let next = (at + n).min(seq.kv_len as usize);
+                let next_n = (seq.kv_len as usize - next).min(KV_BLOCK);
+                let ahead = self.addresses(k, seq, head, next, next_n);
+                let lines = (self.head_dim * dtype.size()).div_ceil(64);
                 let in_place = *dtype == DType::F32
                     && stride == self.head_dim
                     && (0..n).all(|i| rows[i] == rows[0].wrapping_add(i * v.token));
                 if in_place {
+                    for row in ahead.iter().take(next_n) {
+                        (0..lines).for_each(|line| S::prefetch(row.wrapping_add(64 * line)));
+                    }
                     return (rows[0].cast(), v.token / 4);
                 }
                 for (i, row) in rows.iter().take(n).enumerate() {
                     let to = to.add(i * stride);
+                    (0..lines).for_each(|line| S::prefetch(ahead[i].wrapping_add(64 * line)));
                     match dtype {
                         DType::F16 => load_row::<S, f16>(row.cast(), to, self.head_dim),
                         DType::BF16 => load_row::<S, bf16>(row.cast(), to, self.head_dim),
@@ -174,15 +183,25 @@ impl<'a> KvRows<'a> {
     }
 }
 
-/// `KV_BLOCK` rows of `n` elements to f32 columns.
+/// `KV_BLOCK` rows of `n` elements to f32 columns. On the way the rows `ahead`, of the same size, are
+/// asked for: page tables and head strides defeat the hardware's prefetcher, and decode would wait for
+/// each row in turn.
 #[inline(always)]
-unsafe fn transpose<S: Simd, T: Float>(rows: &[*const u8; KV_BLOCK], n: usize, to: *mut f32) {
+unsafe fn transpose<S: Simd, T: Float>(
+    rows: &[*const u8; KV_BLOCK],
+    ahead: &[*const u8; KV_BLOCK],
+    n: usize,
+    to: *mut f32,
+) {
     for token in (0..KV_BLOCK).step_by(S::LANES) {
         let whole = n - n % S::LANES;
         for d in (0..whole).step_by(S::LANES) {
             let square = S::square(
                 #[inline(always)]
-                |i| T::load::<S>(rows[token + i].cast::<T>().add(d)),
+                |i| {
+                    S::prefetch(ahead[token + i].cast::<T>().wrapping_add(d).cast());
+                    T::load::<S>(rows[token + i].cast::<T>().add(d))
+                },
             );
             S::transpose(square, to.add(d * KV_BLOCK + token), KV_BLOCK);
         }

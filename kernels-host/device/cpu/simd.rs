@@ -140,6 +140,18 @@ pub unsafe trait Simd: Copy + 'static {
     /// A square of vectors.
     unsafe fn square(row: impl FnMut(usize) -> Self::V) -> Self::Square;
 
+    /// Asks for the cache line of `p`, which need not be valid.
+    #[inline(always)]
+    fn prefetch(p: *const u8) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: a prefetch of any address is harmless, and SSE is part of x86-64.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p.cast())
+        };
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = p;
+    }
+
     /// `2^x` with a relative error below 2^-23; 0 below -126.5, also for `-inf`; NaN stays NaN.
     #[inline(always)]
     unsafe fn exp2(x: Self::V) -> Self::V {
