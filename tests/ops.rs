@@ -549,7 +549,7 @@ proptest! {
             ).unwrap();
             let mut in_place = sum.clone();
             let view = ViewMut::from_slice(&mut in_place, &shape).unwrap();
-            layer::rms_norm_in_place(&device, view, View::from_slice(&weight, &[dim]).unwrap(), 1e-5).unwrap();
+            layer::rms_norm_in_place(&device, view, None, View::from_slice(&weight, &[dim]).unwrap(), 1e-5).unwrap();
             prop_assert_eq!(&in_place, &out);
             for r in 0..rows {
                 let row: Vec<f64> = (0..dim).map(|d| (x[r * dim + d] + residual[r * dim + d]) as f64).collect();

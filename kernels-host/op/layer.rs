@@ -7,8 +7,8 @@ use crate::tensor::{View, ViewMut};
 
 /// `out = x / sqrt(mean(x^2) + eps) * weight` per row (arXiv:1910.07467).
 ///
-/// `x`, `out`: `[rows, dim]`; `weight`: `[dim]`; float types in any mix, arithmetic in f32. With
-/// `residual` `[rows, dim]`, `x` is added to it first and the sum is normalised: `residual += x`.
+/// `x`, `out`: `[rows, dim]` or `[tokens, heads, dim]`; `weight`: `[dim]`; float types in any mix,
+/// arithmetic in f32. With `residual`, of the same shape, `x` is added to it first and the sum is normalised: `residual += x`.
 ///
 /// # Errors
 /// [`Error::Shape`], [`Error::DType`], [`Error::Device`], or [`Error::Value`] for a bad `eps`.
@@ -24,13 +24,19 @@ pub fn rms_norm(
     device.backend().rms_norm(RmsNormCall { x: Some(x), residual, weight, eps, out })
 }
 
-/// [`rms_norm`] where `out` is `x` itself, as for the norms on Q and K of Qwen 3.
+/// [`rms_norm`] where `out` is `x` itself.
 ///
 /// # Errors
 /// As [`rms_norm`].
-pub fn rms_norm_in_place(device: &Device, x: ViewMut<'_>, weight: View<'_>, eps: f32) -> Result<()> {
-    check_rms_norm(device, &x.as_view(), None, &weight, eps, &x)?;
-    device.backend().rms_norm(RmsNormCall { x: None, residual: None, weight, eps, out: x })
+pub fn rms_norm_in_place(
+    device: &Device,
+    x: ViewMut<'_>,
+    residual: Option<ViewMut<'_>>,
+    weight: View<'_>,
+    eps: f32,
+) -> Result<()> {
+    check_rms_norm(device, &x.as_view(), residual.as_ref(), &weight, eps, &x)?;
+    device.backend().rms_norm(RmsNormCall { x: None, residual, weight, eps, out: x })
 }
 
 fn check_rms_norm(
@@ -42,13 +48,16 @@ fn check_rms_norm(
     out: &ViewMut<'_>,
 ) -> Result<()> {
     let door = Door { op: "rms_norm", device };
-    let shape = two_dims(&door, "x", x)?;
-    door.floats("x", x, &shape)?;
-    if let Some(residual) = residual {
-        door.floats("residual", &residual.as_view(), &shape)?;
+    let shape = x.shape();
+    if !(2..=3).contains(&shape.len()) {
+        return Err(Error::shape(door.op, "x", "[rows, dim] or [tokens, heads, dim]", shape));
     }
-    door.floats("weight", weight, &shape[1..])?;
-    door.floats("out", &out.as_view(), &shape)?;
+    door.floats("x", x, shape)?;
+    if let Some(residual) = residual {
+        door.floats("residual", &residual.as_view(), shape)?;
+    }
+    door.floats("weight", weight, &shape[shape.len() - 1..])?;
+    door.floats("out", &out.as_view(), shape)?;
     if !(eps.is_finite() && eps >= 0.0) {
         return Err(Error::value(door.op, "eps", "a finite number of at least 0", eps));
     }

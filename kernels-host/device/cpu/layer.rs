@@ -7,7 +7,7 @@ use super::{Cpu, Shared};
 use crate::device::{EmbeddingCall, MergeCall, RmsNormCall, SiluMulCall};
 use crate::tensor::{Layout, View};
 
-/// Rows of a two-dimensional tensor.
+/// Rows of a tensor: all dimensions but the last, of two or three.
 #[derive(Clone, Copy)]
 struct Rows {
     ptr: Shared<u8>,
@@ -20,7 +20,15 @@ impl Rows {
     }
 
     fn row(&self, i: usize) -> *mut u8 {
-        self.ptr.get().wrapping_add(i * self.layout.strides[0] * self.layout.dtype.size())
+        let strides = &self.layout.strides;
+        let at = match self.layout.shape.len() {
+            3 => {
+                let inner = self.layout.shape[1];
+                i / inner * strides[0] + i % inner * strides[1]
+            }
+            _ => i * strides[0],
+        };
+        self.ptr.get().wrapping_add(at * self.layout.dtype.size())
     }
 
     /// # Safety
@@ -101,7 +109,8 @@ impl RowOp for RmsNorm {
 }
 
 pub(super) fn rms_norm(cpu: &Cpu, call: RmsNormCall<'_>) {
-    let (rows, dim) = (call.out.shape()[0], call.out.shape()[1]);
+    let dim = call.weight.shape()[0];
+    let rows = call.out.shape().iter().rev().skip(1).product();
     let mut weight = vec![0.0; dim];
     // SAFETY: the portable set needs nothing; the weight holds `dim` elements.
     unsafe {
@@ -188,6 +197,7 @@ impl RowOp for MergeStates {
         scratch.resize(2 * n, 0.0);
         let (sum, o) = scratch.split_at_mut(n);
         for head in 0..self.heads {
+            let i = token * self.heads + head;
             let lse = |rows: &Rows| *rows.row(token).cast::<f32>().add(head * rows.layout.strides[1]);
             let max = self.states.iter().map(|(_, l)| lse(l)).fold(f32::NEG_INFINITY, f32::max);
             sum.fill(0.0);
@@ -199,15 +209,14 @@ impl RowOp for MergeStates {
                     continue;
                 }
                 total += weight;
-                states_o.load::<S>(token, head * states_o.layout.strides[1], o);
+                states_o.load::<S>(i, 0, o);
                 sum.iter_mut().zip(&*o).for_each(|(s, o)| *s += weight * o);
             }
             let divisor = if total == 0.0 { 1.0 } else { total };
             sum.iter_mut().for_each(|s| *s /= divisor);
             let merged = if total == 0.0 { f32::NEG_INFINITY } else { max + total.ln() };
             *self.lse.row(token).cast::<f32>().add(head * self.lse.layout.strides[1]) = merged;
-            let at = head * self.out.layout.strides[1] * self.out.layout.dtype.size();
-            store_row_as::<S>(self.out.layout.dtype, sum.as_ptr(), self.out.row(token).add(at), n);
+            self.out.store::<S>(i, sum);
         }
     }
 }

@@ -13,7 +13,7 @@ use super::simd::Simd;
 /// for `m` rows of `vecs * S::LANES`.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)] // three matrices and their sizes
-pub(super) unsafe fn matmul<S: Simd, const ADD: bool>(
+pub unsafe fn matmul<S: Simd, const ADD: bool>(
     m: usize,
     k: usize,
     vecs: usize,

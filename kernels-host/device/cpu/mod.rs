@@ -6,7 +6,8 @@ mod convert;
 mod int4;
 mod kv_rows;
 mod layer;
-mod matmul;
+#[doc(hidden)]
+pub mod matmul;
 mod sampling;
 mod select;
 #[doc(hidden)]
@@ -114,11 +115,9 @@ impl Backend for Cpu {
     }
 
     fn alloc(&self, bytes: usize) -> Result<Storage> {
-        let n = bytes.div_ceil(size_of::<Line>());
-        let mut lines = Vec::new();
-        let failed = |_| Error::OutOfMemory { device: "cpu".into(), bytes: bytes as u128 };
-        lines.try_reserve_exact(n).map_err(failed)?;
-        lines.resize(n, bytemuck::Zeroable::zeroed());
+        // Zeroed by the system, so that a large cache takes memory only as it is used.
+        let lines = bytemuck::try_zeroed_vec(bytes.div_ceil(size_of::<Line>()))
+            .map_err(|()| Error::OutOfMemory { device: "cpu".into(), bytes: bytes as u128 })?;
         Ok(Storage::Host { lines, bytes })
     }
 
