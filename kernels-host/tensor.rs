@@ -254,7 +254,7 @@ impl Tensor {
 
     /// The elements in place, where the tensor lives in host memory.
     pub fn as_slice<T: Element>(&self) -> Option<&[T]> {
-        let bytes = self.storage.host()?;
+        let bytes = self.storage.bytes()?;
         (T::DTYPE == self.layout.dtype).then(|| &bytemuck::cast_slice(bytes)[..self.numel()])
     }
 
@@ -262,7 +262,7 @@ impl Tensor {
     pub fn as_mut_slice<T: Element>(&mut self) -> Option<&mut [T]> {
         let numel = self.numel();
         let same = T::DTYPE == self.layout.dtype;
-        let bytes = self.storage.host_mut()?;
+        let bytes = self.storage.bytes_mut()?;
         same.then(|| &mut bytemuck::cast_slice_mut(bytes)[..numel])
     }
 

@@ -90,37 +90,50 @@ impl fmt::Debug for Device {
 
 /// A tensor's memory.
 pub(crate) enum Storage {
-    /// Host memory, aligned to a cache line.
-    Host { lines: Vec<Line>, bytes: usize },
+    /// Host memory: `bytes` bytes from `start` on.
+    Host { chunks: Vec<Chunk>, start: usize, bytes: usize },
 }
 
+/// What the system's allocator aligns to by itself; of chunks it gives large memory zeroed and
+/// untouched, which it does not for a larger alignment.
+pub(crate) type Chunk = [u64; 2];
+
 /// A cache line.
-#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C, align(64))]
-pub(crate) struct Line([u8; 64]);
+const LINE: usize = 64;
 
 impl Storage {
-    pub(crate) fn host(&self) -> Option<&[u8]> {
+    /// Zeroed host memory aligned to a cache line; `None` where there is not enough.
+    fn host(bytes: usize) -> Option<Self> {
+        let chunks: Vec<Chunk> =
+            bytemuck::try_zeroed_vec(bytes.checked_add(LINE)?.div_ceil(size_of::<Chunk>())).ok()?;
+        // Behind the start of a line by this much; the line more that was asked for has room for the rest.
+        let start = (LINE - chunks.as_ptr() as usize % LINE) % LINE;
+        Some(Storage::Host { chunks, start, bytes })
+    }
+
+    pub(crate) fn bytes(&self) -> Option<&[u8]> {
         match self {
-            Storage::Host { lines, bytes } => Some(&bytemuck::cast_slice(lines)[..*bytes]),
+            Storage::Host { chunks, start, bytes } => Some(&bytemuck::cast_slice(chunks)[*start..][..*bytes]),
         }
     }
 
-    pub(crate) fn host_mut(&mut self) -> Option<&mut [u8]> {
+    pub(crate) fn bytes_mut(&mut self) -> Option<&mut [u8]> {
         match self {
-            Storage::Host { lines, bytes } => Some(&mut bytemuck::cast_slice_mut(lines)[..*bytes]),
+            Storage::Host { chunks, start, bytes } => {
+                Some(&mut bytemuck::cast_slice_mut(chunks)[*start..][..*bytes])
+            }
         }
     }
 
     pub(crate) fn ptr(&self) -> *const u8 {
         match self {
-            Storage::Host { lines, .. } => lines.as_ptr().cast(),
+            Storage::Host { chunks, start, .. } => chunks.as_ptr().cast::<u8>().wrapping_add(*start),
         }
     }
 
     pub(crate) fn ptr_mut(&mut self) -> *mut u8 {
         match self {
-            Storage::Host { lines, .. } => lines.as_mut_ptr().cast(),
+            Storage::Host { chunks, start, .. } => chunks.as_mut_ptr().cast::<u8>().wrapping_add(*start),
         }
     }
 }

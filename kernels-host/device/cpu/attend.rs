@@ -15,7 +15,7 @@ use super::convert::{load_row_as, store_row_as};
 use super::kv_rows::KvRows;
 use super::matmul::matmul;
 use super::simd::{Simd, Task};
-use super::{Cpu, Line, Shared};
+use super::{Cpu, Shared};
 use crate::device::AttentionCall;
 use crate::plan::{Plan, ROW_TILE};
 use crate::tensor::Layout;
@@ -78,6 +78,11 @@ struct Kernel<'a> {
 // SAFETY: `q` and `kv` are only read; what is written is `Shared`, by disjoint rows.
 unsafe impl Sync for Kernel<'_> {}
 
+/// A cache line, for aligned scratch.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
 /// The f32 scratch of one thread.
 struct Scratch {
     q: *mut f32,
@@ -112,7 +117,7 @@ fn with_scratch(padded_dim: usize, f: impl FnOnce(&Scratch)) {
     LINES.with_borrow_mut(|lines| {
         let needed = sizes.iter().sum::<usize>() / 16;
         if lines.len() < needed {
-            lines.resize(needed, bytemuck::Zeroable::zeroed());
+            lines.resize(needed, Line([0.0; 16]));
         }
         let mut at = lines.as_mut_ptr().cast::<f32>();
         let [q, k, v, s, o, merged_o, ml] = sizes.map(|size| {

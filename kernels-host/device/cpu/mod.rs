@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rayon::prelude::*;
 
 use super::backend::*;
-use super::{DeviceId, Line, Storage};
+use super::{DeviceId, Storage};
 use crate::error::{Error, Result};
 pub(crate) use attend::partial_stride;
 pub use simd::SimdLevel;
@@ -115,21 +115,18 @@ impl Backend for Cpu {
     }
 
     fn alloc(&self, bytes: usize) -> Result<Storage> {
-        // Zeroed by the system, so that a large cache takes memory only as it is used.
-        let lines = bytemuck::try_zeroed_vec(bytes.div_ceil(size_of::<Line>()))
-            .map_err(|()| Error::OutOfMemory { device: "cpu".into(), bytes: bytes as u128 })?;
-        Ok(Storage::Host { lines, bytes })
+        Storage::host(bytes).ok_or_else(|| Error::OutOfMemory { device: "cpu".into(), bytes: bytes as u128 })
     }
 
     fn upload(&self, from: &[u8], to: &mut Storage) -> Result<()> {
-        if let Some(to) = to.host_mut() {
+        if let Some(to) = to.bytes_mut() {
             to.copy_from_slice(from);
         }
         Ok(())
     }
 
     fn download(&self, from: &Storage, to: &mut [u8]) -> Result<()> {
-        if let Some(from) = from.host() {
+        if let Some(from) = from.bytes() {
             to.copy_from_slice(from);
         }
         Ok(())
