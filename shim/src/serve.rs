@@ -21,9 +21,9 @@ use crate::sequence::Sequence;
 use crate::wire::{self, Form, Prompt, Refused, Request, Stamp};
 
 /// A longer line is refused without being kept.
-const MAX_LINE_BYTES: usize = 64 << 20;
+const MAX_LINE_BYTES: usize = 16 << 20;
 /// Lines between reader and engine, and between engine and writer.
-const CHANNEL_LINES: usize = 64;
+const CHANNEL_LINES: usize = 16;
 
 /// How the server runs.
 #[derive(Clone, Copy, Debug)]

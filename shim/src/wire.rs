@@ -195,6 +195,10 @@ fn request(body: &Map<String, Value>, form: Form, line: u64) -> Result<Request> 
     let short = matches!(form, Form::Short { .. });
     let prompts = prompts(&fields, &form)?;
     let n = fields.whole("n", 1, MAX_CHOICES as u64)?.unwrap_or(1) as usize;
+    if prompts.len() * n > MAX_CHOICES {
+        let message = format!("{} prompts with `n` of {n}: at most {MAX_CHOICES} generations in all", prompts.len());
+        return Err(Error::request(message));
+    }
     let max_tokens = match fields.whole("max_completion_tokens", 1, u64::MAX)? {
         Some(n) => Some(n),
         None => fields.whole("max_tokens", 1, u64::MAX)?,
