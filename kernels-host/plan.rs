@@ -9,6 +9,14 @@ use crate::spec::AttentionSpec;
 /// it (its cost is about that of 8 rows), small enough that a tile's state stays in the L2 cache.
 pub(crate) const ROW_TILE: usize = 128;
 
+/// Tiles of so few rows are bound by reading KV, not by arithmetic.
+const FEW_ROWS: u32 = 32;
+
+/// Such tiles are cut into pieces of this many tokens, and all heads of a piece follow each other: where
+/// the heads of a token stand side by side in memory, one head's reading brings in the next one's lines,
+/// and a piece of all heads fits in the last-level cache.
+const MEMORY_PIECE: u32 = 2048;
+
 /// How a sequence's KV is divided over workers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Splits {
@@ -313,23 +321,28 @@ impl Plan {
         let share = total / (4 * workers as u64);
         let may_split = splits != Splits::None && workers > 1;
         for tile in tiles {
-            let blocks = (tile.kv_end - tile.kv_start).div_ceil(KV_BLOCK as u32);
-            let pieces = if may_split && cost(&tile) > 2 * share.max(1) {
-                (cost(&tile).div_ceil(share.max(1)) as u32).min(blocks / 8)
+            let tokens = tile.kv_end - tile.kv_start;
+            let pieces = if !may_split {
+                1
+            } else if tile.row_end - tile.row_start <= FEW_ROWS {
+                cost(&tile).div_ceil(share.max(1)).max(tokens.div_ceil(MEMORY_PIECE) as u64)
+            } else if cost(&tile) > 2 * share {
+                cost(&tile).div_ceil(share.max(1))
             } else {
                 1
             };
+            let blocks = tokens.div_ceil(KV_BLOCK as u32);
+            let pieces = pieces.min(blocks as u64 / 8) as u32;
             if pieces <= 1 {
                 self.items.push(tile);
                 continue;
             }
-            let piece = blocks.div_ceil(pieces) * KV_BLOCK as u32;
-            self.split(tile, piece);
+            self.split(tile, blocks.div_ceil(pieces) * KV_BLOCK as u32);
         }
         if self.partial_rows > NO_PARTIAL as usize {
             return Err(Error::value(op, "partial states", "fewer than 2^32 rows: use a larger split", self.partial_rows));
         }
-        self.items.sort_by_key(|t| std::cmp::Reverse(cost(t)));
+        self.items.sort_by_key(|t| (std::cmp::Reverse(cost(t)), t.seq, t.kv_start, t.kv_head));
         Ok(())
     }
 
