@@ -305,15 +305,15 @@ impl Attend<'_> {
         let vecs = KV_BLOCK / S::LANES;
         kernel.kv.load_k::<S>(seq, item.kv_head as usize, at, n, scratch.k, scratch.v);
         let (q, s) = (scratch.q.add(first * dim), scratch.s.add(first * KV_BLOCK));
-        matmul::<S, false>(m, kernel.head_dim, vecs, q, dim, scratch.k, KV_BLOCK, s, KV_BLOCK);
+        let columns = |d| scratch.k.add(d * KV_BLOCK).cast_const();
+        matmul::<S, f32, false>(m, kernel.head_dim, vecs, q, dim, columns, s, KV_BLOCK);
 
         for i in first..=last {
             self.softmax_row::<S>(seq, i, at, n);
         }
 
-        let (v, stride) = kernel.kv.load_v::<S>(seq, item.kv_head as usize, at, n, scratch.v);
         let o = scratch.state.o.add(first * dim);
-        matmul::<S, true>(m, n, dim / S::LANES, s, KV_BLOCK, v, stride, o, dim);
+        kernel.kv.add_pv::<S>(seq, item.kv_head as usize, at, n, s, m, o, scratch.v);
     }
 
     /// Scores to weights, in place; the row's O is scaled to the new maximum.

@@ -7,18 +7,36 @@ use super::simd::Simd;
 use crate::tensor::DType;
 
 /// An element type that kernels read and write.
-pub(super) trait Float: Copy + 'static {
+pub trait Float: Copy + 'static {
+    /// `S::LANES` elements.
+    ///
     /// # Safety
     /// The machine has `S`; `p` is valid for `S::LANES` elements.
     unsafe fn load<S: Simd>(p: *const Self) -> S::V;
+    /// Writes `S::LANES` elements.
+    ///
     /// # Safety
     /// As [`Float::load`].
     unsafe fn store<S: Simd>(p: *mut Self, v: S::V);
+    /// Widens.
     fn to_f32(self) -> f32;
+    /// Rounds to nearest even.
     fn from_f32(x: f32) -> Self;
+    /// Whether two elements are one f32 lane wide, and can be moved as one.
+    const PAIRS: bool;
+    /// Lanes that hold pairs to the first and the second elements.
+    ///
+    /// # Safety
+    /// The machine has `S`.
+    unsafe fn split<S: Simd>(pairs: S::V) -> (S::V, S::V);
 }
 
 impl Float for f32 {
+    const PAIRS: bool = false;
+    #[inline(always)]
+    unsafe fn split<S: Simd>(pairs: S::V) -> (S::V, S::V) {
+        (pairs, pairs)
+    }
     #[inline(always)]
     unsafe fn load<S: Simd>(p: *const Self) -> S::V {
         S::load(p)
@@ -38,6 +56,11 @@ impl Float for f32 {
 }
 
 impl Float for f16 {
+    const PAIRS: bool = true;
+    #[inline(always)]
+    unsafe fn split<S: Simd>(pairs: S::V) -> (S::V, S::V) {
+        S::split_f16(pairs)
+    }
     #[inline(always)]
     unsafe fn load<S: Simd>(p: *const Self) -> S::V {
         S::load_f16(p.cast())
@@ -57,6 +80,11 @@ impl Float for f16 {
 }
 
 impl Float for bf16 {
+    const PAIRS: bool = true;
+    #[inline(always)]
+    unsafe fn split<S: Simd>(pairs: S::V) -> (S::V, S::V) {
+        S::split_bf16(pairs)
+    }
     #[inline(always)]
     unsafe fn load<S: Simd>(p: *const Self) -> S::V {
         S::load_bf16(p.cast())

@@ -6,6 +6,7 @@ use half::{bf16, f16};
 
 use super::convert::{Float, load_row};
 use super::int4::Int4Rows;
+use super::matmul::matmul;
 use super::simd::Simd;
 use crate::kv_cache::Kv;
 use crate::plan::Plan;
@@ -127,21 +128,26 @@ impl<'a> KvRows<'a> {
         }
     }
 
-    /// V of tokens `at..at + n` as f32 rows: where they are and their distance. Rows from `n` are not
-    /// there.
+    /// `o[m, head_dim] += p[m, n] * V` for V of tokens `at..at + n`; rows of `p` are `KV_BLOCK` apart,
+    /// those of `o` the padded head_dim.
     ///
     /// # Safety
-    /// As [`KvRows::load_k`].
+    /// As [`KvRows::load_k`]; `p` and `o` hold `m` rows.
     #[inline(always)]
-    pub(super) unsafe fn load_v<S: Simd>(
+    #[allow(clippy::too_many_arguments)] // a place in the KV, and two matrices
+    pub(super) unsafe fn add_pv<S: Simd>(
         &self,
         seq: &Sequence,
         head: usize,
         at: usize,
         n: usize,
-        to: *mut f32,
-    ) -> (*const f32, usize) {
+        p: *const f32,
+        m: usize,
+        o: *mut f32,
+        spare: *mut f32,
+    ) {
         let stride = self.head_dim.next_multiple_of(16);
+        let vecs = stride / S::LANES;
         match &self.source {
             Source::Float { dtype, k, v } => {
                 let rows = self.addresses(v, seq, head, at, n);
@@ -149,17 +155,19 @@ impl<'a> KvRows<'a> {
                 let next_n = (seq.kv_len as usize - next).min(KV_BLOCK);
                 let ahead = self.addresses(k, seq, head, next, next_n);
                 let lines = (self.head_dim * dtype.size()).div_ceil(64);
-                let in_place = *dtype == DType::F32
-                    && stride == self.head_dim
-                    && (0..n).all(|i| rows[i] == rows[0].wrapping_add(i * v.token));
-                if in_place {
-                    for row in ahead.iter().take(next_n) {
+                // A few query rows read each V once: it is widened on the way into the product.
+                if stride == self.head_dim && m <= S::TILE_ROWS {
+                    for row in &ahead {
                         (0..lines).for_each(|line| S::prefetch(row.wrapping_add(64 * line)));
                     }
-                    return (rows[0].cast(), v.token / 4);
+                    return match dtype {
+                        DType::F16 => product::<S, f16>(&rows, m, n, vecs, p, o, stride),
+                        DType::BF16 => product::<S, bf16>(&rows, m, n, vecs, p, o, stride),
+                        _ => product::<S, f32>(&rows, m, n, vecs, p, o, stride),
+                    };
                 }
                 for (i, row) in rows.iter().take(n).enumerate() {
-                    let to = to.add(i * stride);
+                    let to = spare.add(i * stride);
                     (0..lines).for_each(|line| S::prefetch(ahead[i].wrapping_add(64 * line)));
                     match dtype {
                         DType::F16 => load_row::<S, f16>(row.cast(), to, self.head_dim),
@@ -170,17 +178,32 @@ impl<'a> KvRows<'a> {
             }
             Source::Int4(pages) => {
                 for i in 0..n {
-                    pages.load_v::<S>(seq, head, at + i, self.locate(seq, head, at + i), to.add(i * stride));
+                    pages.load_v::<S>(seq, head, at + i, self.locate(seq, head, at + i), spare.add(i * stride));
                 }
             }
         }
         for i in 0..n {
             for d in self.head_dim..stride {
-                *to.add(i * stride + d) = 0.0;
+                *spare.add(i * stride + d) = 0.0;
             }
         }
-        (to, stride)
+        let rows = |i| spare.add(i * stride).cast_const();
+        matmul::<S, f32, true>(m, n, vecs, p, KV_BLOCK, rows, o, stride);
     }
+}
+
+#[inline(always)]
+unsafe fn product<S: Simd, T: Float>(
+    rows: &[*const u8; KV_BLOCK],
+    m: usize,
+    n: usize,
+    vecs: usize,
+    p: *const f32,
+    o: *mut f32,
+    stride: usize,
+) {
+    let rows = |i: usize| rows[i].cast::<T>();
+    matmul::<S, T, true>(m, n, vecs, p, KV_BLOCK, rows, o, stride);
 }
 
 /// `KV_BLOCK` rows of `n` elements to f32 columns. On the way the rows `ahead`, of the same size, are
@@ -193,17 +216,30 @@ unsafe fn transpose<S: Simd, T: Float>(
     n: usize,
     to: *mut f32,
 ) {
+    // Pairs of 16-bit elements move as one lane: half the shuffles.
+    let per_lane = if T::PAIRS { 2 } else { 1 };
+    let step = S::LANES * per_lane;
+    let whole = n - n % step;
     for token in (0..KV_BLOCK).step_by(S::LANES) {
-        let whole = n - n % S::LANES;
-        for d in (0..whole).step_by(S::LANES) {
+        for d in (0..whole).step_by(step) {
             let square = S::square(
                 #[inline(always)]
                 |i| {
                     S::prefetch(ahead[token + i].cast::<T>().wrapping_add(d).cast());
-                    T::load::<S>(rows[token + i].cast::<T>().add(d))
+                    let from = rows[token + i].cast::<T>().add(d);
+                    if T::PAIRS { S::load(from.cast()) } else { T::load::<S>(from) }
                 },
             );
-            S::transpose(square, to.add(d * KV_BLOCK + token), KV_BLOCK);
+            for (i, &column) in S::transpose(square).as_ref().iter().enumerate() {
+                let to = to.add((d + i * per_lane) * KV_BLOCK + token);
+                if T::PAIRS {
+                    let (first, second) = T::split::<S>(column);
+                    S::store(to, first);
+                    S::store(to.add(KV_BLOCK), second);
+                } else {
+                    S::store(to, column);
+                }
+            }
         }
         for d in whole..n {
             for i in 0..S::LANES {

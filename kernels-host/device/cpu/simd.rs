@@ -93,12 +93,12 @@ pub trait Task {
 ///
 /// # Safety
 /// Every method needs the machine to have the set; loads and stores need `LANES` valid elements at the
-/// pointer (any alignment), `transpose` `LANES` vectors.
+/// pointer (any alignment).
 pub unsafe trait Simd: Copy + 'static {
     /// The vector.
     type V: Copy;
     /// As many vectors as lanes.
-    type Square: Copy;
+    type Square: Copy + AsRef<[Self::V]>;
     /// f32 lanes.
     const LANES: usize;
     /// Vectors in a row of a matrix tile: with [`Simd::TILE_ROWS`] rows they fit in the registers.
@@ -134,9 +134,12 @@ pub unsafe trait Simd: Copy + 'static {
     unsafe fn pow2i(n: Self::V) -> Self::V;
     unsafe fn reduce_add(a: Self::V) -> f32;
     unsafe fn reduce_max(a: Self::V) -> f32;
-    /// Loads `LANES` rows of `LANES` f32 made by `row(i)`, stores their transpose with the row
-    /// distance `stride`.
-    unsafe fn transpose(square: Self::Square, to: *mut f32, stride: usize);
+    /// Lanes of two f16 each: the low halves and the high halves as f32.
+    unsafe fn split_f16(pairs: Self::V) -> (Self::V, Self::V);
+    /// Lanes of two bf16 each: the low halves and the high halves as f32.
+    unsafe fn split_bf16(pairs: Self::V) -> (Self::V, Self::V);
+    /// Rows to columns; only moves bits.
+    unsafe fn transpose(square: Self::Square) -> Self::Square;
     /// A square of vectors.
     unsafe fn square(row: impl FnMut(usize) -> Self::V) -> Self::Square;
 
@@ -270,10 +273,18 @@ unsafe impl Simd for Portable {
         a.into_iter().fold(f32::NEG_INFINITY, f32::max)
     }
     #[inline(always)]
-    unsafe fn transpose(square: Self::Square, to: *mut f32, stride: usize) {
-        for i in 0..8 {
-            Self::store(to.add(i * stride), std::array::from_fn(|j| square[j][i]));
-        }
+    unsafe fn split_f16(pairs: Self::V) -> (Self::V, Self::V) {
+        let half = |shift: u32| pairs.map(|x| half::f16::from_bits((x.to_bits() >> shift) as u16).to_f32());
+        (half(0), half(16))
+    }
+    #[inline(always)]
+    unsafe fn split_bf16(pairs: Self::V) -> (Self::V, Self::V) {
+        let low = pairs.map(|x| f32::from_bits(x.to_bits() << 16));
+        (low, pairs.map(|x| f32::from_bits(x.to_bits() & 0xffff_0000)))
+    }
+    #[inline(always)]
+    unsafe fn transpose(square: Self::Square) -> Self::Square {
+        std::array::from_fn(|i| std::array::from_fn(|j| square[j][i]))
     }
     #[inline(always)]
     unsafe fn square(row: impl FnMut(usize) -> Self::V) -> Self::Square {
@@ -400,7 +411,19 @@ mod x86 {
             _mm512_reduce_max_ps(a)
         }
         #[inline(always)]
-        unsafe fn transpose(r: Self::Square, to: *mut f32, stride: usize) {
+        unsafe fn split_f16(pairs: Self::V) -> (Self::V, Self::V) {
+            let bits = _mm512_castps_si512(pairs);
+            let high = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(bits));
+            (_mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits)), _mm512_cvtph_ps(high))
+        }
+        #[inline(always)]
+        unsafe fn split_bf16(pairs: Self::V) -> (Self::V, Self::V) {
+            let bits = _mm512_castps_si512(pairs);
+            let high = _mm512_and_si512(bits, _mm512_set1_epi32(0xffff_0000u32 as i32));
+            (_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)), _mm512_castsi512_ps(high))
+        }
+        #[inline(always)]
+        unsafe fn transpose(r: Self::Square) -> Self::Square {
             // Pairs, then quads inside 128-bit lanes, then the lanes themselves.
             let mut t = r;
             for i in 0..8 {
@@ -415,16 +438,18 @@ mod x86 {
                 u[4 * i + 2] = _mm512_shuffle_ps::<0x44>(b, d);
                 u[4 * i + 3] = _mm512_shuffle_ps::<0xee>(b, d);
             }
+            let mut out = u;
             for c in 0..4 {
                 let low = _mm512_shuffle_f32x4::<0x88>(u[c], u[4 + c]);
                 let high = _mm512_shuffle_f32x4::<0xdd>(u[c], u[4 + c]);
                 let low2 = _mm512_shuffle_f32x4::<0x88>(u[8 + c], u[12 + c]);
                 let high2 = _mm512_shuffle_f32x4::<0xdd>(u[8 + c], u[12 + c]);
-                Self::store(to.add(c * stride), _mm512_shuffle_f32x4::<0x88>(low, low2));
-                Self::store(to.add((4 + c) * stride), _mm512_shuffle_f32x4::<0x88>(high, high2));
-                Self::store(to.add((8 + c) * stride), _mm512_shuffle_f32x4::<0xdd>(low, low2));
-                Self::store(to.add((12 + c) * stride), _mm512_shuffle_f32x4::<0xdd>(high, high2));
+                out[c] = _mm512_shuffle_f32x4::<0x88>(low, low2);
+                out[4 + c] = _mm512_shuffle_f32x4::<0x88>(high, high2);
+                out[8 + c] = _mm512_shuffle_f32x4::<0xdd>(low, low2);
+                out[12 + c] = _mm512_shuffle_f32x4::<0xdd>(high, high2);
             }
+            out
         }
         #[inline(always)]
         unsafe fn square(mut row: impl FnMut(usize) -> Self::V) -> Self::Square {
@@ -545,7 +570,23 @@ mod x86 {
             _mm_cvtss_f32(_mm_max_ss(a, _mm_shuffle_ps::<1>(a, a)))
         }
         #[inline(always)]
-        unsafe fn transpose(r: Self::Square, to: *mut f32, stride: usize) {
+        unsafe fn split_f16(pairs: Self::V) -> (Self::V, Self::V) {
+            let bits = _mm256_castps_si256(pairs);
+            let low = _mm256_and_si256(bits, _mm256_set1_epi32(0xffff));
+            // Inside 128-bit lanes: four low halves, four high halves.
+            let packed = _mm256_packus_epi32(low, _mm256_srli_epi32::<16>(bits));
+            let halves = _mm256_permute4x64_epi64::<0b11_01_10_00>(packed);
+            let (low, high) = (_mm256_castsi256_si128(halves), _mm256_extracti128_si256::<1>(halves));
+            (_mm256_cvtph_ps(low), _mm256_cvtph_ps(high))
+        }
+        #[inline(always)]
+        unsafe fn split_bf16(pairs: Self::V) -> (Self::V, Self::V) {
+            let bits = _mm256_castps_si256(pairs);
+            let high = _mm256_and_si256(bits, _mm256_set1_epi32(0xffff_0000u32 as i32));
+            (_mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits)), _mm256_castsi256_ps(high))
+        }
+        #[inline(always)]
+        unsafe fn transpose(r: Self::Square) -> Self::Square {
             let mut t = r;
             for i in 0..4 {
                 t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
@@ -559,10 +600,12 @@ mod x86 {
                 u[4 * i + 2] = _mm256_shuffle_ps::<0x44>(b, d);
                 u[4 * i + 3] = _mm256_shuffle_ps::<0xee>(b, d);
             }
+            let mut out = u;
             for c in 0..4 {
-                Self::store(to.add(c * stride), _mm256_permute2f128_ps::<0x20>(u[c], u[4 + c]));
-                Self::store(to.add((4 + c) * stride), _mm256_permute2f128_ps::<0x31>(u[c], u[4 + c]));
+                out[c] = _mm256_permute2f128_ps::<0x20>(u[c], u[4 + c]);
+                out[4 + c] = _mm256_permute2f128_ps::<0x31>(u[c], u[4 + c]);
             }
+            out
         }
         #[inline(always)]
         unsafe fn square(mut row: impl FnMut(usize) -> Self::V) -> Self::Square {
@@ -691,12 +734,28 @@ mod neon {
             vmaxvq_f32(a)
         }
         #[inline(always)]
-        unsafe fn transpose(r: Self::Square, to: *mut f32, stride: usize) {
+        unsafe fn split_f16(pairs: Self::V) -> (Self::V, Self::V) {
+            let bits = vreinterpretq_u32_f32(pairs);
+            let (mut low, mut high) = ([0u16; 4], [0u16; 4]);
+            vst1_u16(low.as_mut_ptr(), vmovn_u32(bits));
+            vst1_u16(high.as_mut_ptr(), vshrn_n_u32::<16>(bits));
+            (Self::load_f16(low.as_ptr()), Self::load_f16(high.as_ptr()))
+        }
+        #[inline(always)]
+        unsafe fn split_bf16(pairs: Self::V) -> (Self::V, Self::V) {
+            let bits = vreinterpretq_u32_f32(pairs);
+            let high = vandq_u32(bits, vdupq_n_u32(0xffff_0000));
+            (vreinterpretq_f32_u32(vshlq_n_u32::<16>(bits)), vreinterpretq_f32_u32(high))
+        }
+        #[inline(always)]
+        unsafe fn transpose(r: Self::Square) -> Self::Square {
             let (a, b) = (vtrnq_f32(r[0], r[1]), vtrnq_f32(r[2], r[3]));
-            Self::store(to, vcombine_f32(vget_low_f32(a.0), vget_low_f32(b.0)));
-            Self::store(to.add(stride), vcombine_f32(vget_low_f32(a.1), vget_low_f32(b.1)));
-            Self::store(to.add(2 * stride), vcombine_f32(vget_high_f32(a.0), vget_high_f32(b.0)));
-            Self::store(to.add(3 * stride), vcombine_f32(vget_high_f32(a.1), vget_high_f32(b.1)));
+            [
+                vcombine_f32(vget_low_f32(a.0), vget_low_f32(b.0)),
+                vcombine_f32(vget_low_f32(a.1), vget_low_f32(b.1)),
+                vcombine_f32(vget_high_f32(a.0), vget_high_f32(b.0)),
+                vcombine_f32(vget_high_f32(a.1), vget_high_f32(b.1)),
+            ]
         }
         #[inline(always)]
         unsafe fn square(mut row: impl FnMut(usize) -> Self::V) -> Self::Square {

@@ -208,11 +208,13 @@ impl Task for Panel<'_> {
         for start in (0..k).step_by(K_BLOCK) {
             let len = K_BLOCK.min(k - start);
             matrix.widen::<S>(panel, start, len, block.as_mut_ptr());
-            let (x, b) = (x.as_ptr().add(start), block.as_ptr());
+            let x = x.as_ptr().add(start);
+            let widened = block.as_ptr();
+            let b = |p| widened.add(p * PANEL);
             if start == 0 {
-                matmul::<S, false>(rows, len, vecs, x, k, b, PANEL, sums, PANEL);
+                matmul::<S, f32, false>(rows, len, vecs, x, k, b, sums, PANEL);
             } else {
-                matmul::<S, true>(rows, len, vecs, x, k, b, PANEL, sums, PANEL);
+                matmul::<S, f32, true>(rows, len, vecs, x, k, b, sums, PANEL);
             }
         }
     }
