@@ -157,13 +157,11 @@ impl<'a> KvRows<'a> {
                 let lines = (self.head_dim * dtype.size()).div_ceil(64);
                 // A few query rows read each V once: it is widened on the way into the product.
                 if stride == self.head_dim && m <= S::TILE_ROWS {
-                    for row in &ahead {
-                        (0..lines).for_each(|line| S::prefetch(row.wrapping_add(64 * line)));
-                    }
+                    let product = Product { rows: &rows, ahead: &ahead, lines, m, n, vecs, p, o, stride };
                     return match dtype {
-                        DType::F16 => product::<S, f16>(&rows, m, n, vecs, p, o, stride),
-                        DType::BF16 => product::<S, bf16>(&rows, m, n, vecs, p, o, stride),
-                        _ => product::<S, f32>(&rows, m, n, vecs, p, o, stride),
+                        DType::F16 => product.run::<S, f16>(),
+                        DType::BF16 => product.run::<S, bf16>(),
+                        _ => product.run::<S, f32>(),
                     };
                 }
                 for (i, row) in rows.iter().take(n).enumerate() {
@@ -192,18 +190,28 @@ impl<'a> KvRows<'a> {
     }
 }
 
-#[inline(always)]
-unsafe fn product<S: Simd, T: Float>(
-    rows: &[*const u8; KV_BLOCK],
+/// `o[m, vecs] += p[m, n] * rows`, asking for the rows `ahead` on the way.
+struct Product<'a> {
+    rows: &'a [*const u8; KV_BLOCK],
+    ahead: &'a [*const u8; KV_BLOCK],
+    lines: usize,
     m: usize,
     n: usize,
     vecs: usize,
     p: *const f32,
     o: *mut f32,
     stride: usize,
-) {
-    let rows = |i: usize| rows[i].cast::<T>();
-    matmul::<S, T, true>(m, n, vecs, p, KV_BLOCK, rows, o, stride);
+}
+
+impl Product<'_> {
+    #[inline(always)]
+    unsafe fn run<S: Simd, T: Float>(self) {
+        let rows = |i: usize| {
+            (0..self.lines).for_each(|line| S::prefetch(self.ahead[i].wrapping_add(64 * line)));
+            self.rows[i].cast::<T>()
+        };
+        matmul::<S, T, true>(self.m, self.n, self.vecs, self.p, KV_BLOCK, rows, self.o, self.stride);
+    }
 }
 
 /// `KV_BLOCK` rows of `n` elements to f32 columns. On the way the rows `ahead`, of the same size, are
