@@ -18,7 +18,9 @@ fn tensor(device: &Device, dtype: DType, shape: &[usize]) -> Tensor {
         ((state >> 40) as f32 / (1 << 23) as f32 - 1.0) * 2.0
     };
     match dtype {
-        DType::F16 => Tensor::from_slice(device, &(0..n).map(|_| f16::from_f32(next())).collect::<Vec<_>>(), shape),
+        DType::F16 => {
+            Tensor::from_slice(device, &(0..n).map(|_| f16::from_f32(next())).collect::<Vec<_>>(), shape)
+        }
         DType::BF16 => {
             Tensor::from_slice(device, &(0..n).map(|_| bf16::from_f32(next())).collect::<Vec<_>>(), shape)
         }
@@ -73,7 +75,10 @@ fn decode_bench(c: &mut Criterion) {
             let name = format!("{len}x{batch_size}");
 
             let contiguous = [batch_size * len, kv_heads, dim];
-            let kv = Kv::Ragged { k: k.reshaped(&contiguous).expect("same size"), v: v.reshaped(&contiguous).expect("same size") };
+            let kv = Kv::Ragged {
+                k: k.reshaped(&contiguous).expect("same size"),
+                v: v.reshaped(&contiguous).expect("same size"),
+            };
             let kv_indptr: Vec<u32> = (0..=batch_size as u32).map(|i| i * len as u32).collect();
             let batch = Batch::new(&qo_indptr, KvTable::Ragged { kv_indptr: &kv_indptr });
             let mut plan = decode::plan(&device, &spec, &batch, Splits::Auto).expect("a valid batch");
@@ -84,8 +89,12 @@ fn decode_bench(c: &mut Criterion) {
             // A stride through the pool, so that no two pages follow each other.
             let table: Vec<u32> = (0..pages).map(|i| (i * 7919 % pages) as u32).collect();
             let seq_lens = vec![len as u32; batch_size];
-            let table =
-                KvTable::Block { page_size, block_table: &table, max_blocks: len / page_size, seq_lens: &seq_lens };
+            let table = KvTable::Block {
+                page_size,
+                block_table: &table,
+                max_blocks: len / page_size,
+                seq_lens: &seq_lens,
+            };
             let batch = Batch::new(&qo_indptr, table);
             let mut plan = decode::plan(&device, &spec, &batch, Splits::Auto).expect("a valid batch");
             let kv = Kv::Paged { k: k.view(), v: v.view() };
@@ -108,7 +117,9 @@ fn read_bench(c: &mut Criterion) {
     group.sample_size(10);
     group.throughput(Throughput::Bytes(256 << 20));
     group.bench_function("read", |b| {
-        b.iter(|| data.par_chunks(1 << 16).map(|c| c.iter().fold(0u64, |a, x| a.wrapping_add(*x))).sum::<u64>())
+        b.iter(|| {
+            data.par_chunks(1 << 16).map(|c| c.iter().fold(0u64, |a, x| a.wrapping_add(*x))).sum::<u64>()
+        })
     });
 }
 

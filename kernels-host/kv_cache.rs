@@ -276,8 +276,19 @@ pub struct KvCache {
 
 #[derive(Debug)]
 enum Pages {
-    Float { k: Tensor, v: Tensor, summaries: Option<Tensor> },
-    Int4 { k_codes: Tensor, k_params: Tensor, v_codes: Tensor, v_params: Tensor, k_tail: Tensor, v_tail: Tensor },
+    Float {
+        k: Tensor,
+        v: Tensor,
+        summaries: Option<Tensor>,
+    },
+    Int4 {
+        k_codes: Tensor,
+        k_params: Tensor,
+        v_codes: Tensor,
+        v_params: Tensor,
+        k_tail: Tensor,
+        v_tail: Tensor,
+    },
 }
 
 impl KvCache {
@@ -312,7 +323,8 @@ impl KvCache {
                 }
                 let codes = [num_pages, num_kv_heads, page_size, head_dim / 2];
                 let k_params = [num_pages, num_kv_heads, page_size / INT4_GROUP, 2, head_dim];
-                let v_params = [num_pages, num_kv_heads, page_size, 2, head_dim / int4_v_group(head_dim).max(1)];
+                let v_params =
+                    [num_pages, num_kv_heads, page_size, 2, head_dim / int4_v_group(head_dim).max(1)];
                 let tail = [num_tails, num_kv_heads, INT4_GROUP, head_dim];
                 Pages::Int4 {
                     k_codes: zeros(DType::U8, &codes)?,

@@ -236,7 +236,8 @@ impl Plan {
                 for (i, s) in self.sequences.iter_mut().enumerate() {
                     let num_pages = (seq_lens[i] as usize).div_ceil(page_size);
                     if num_pages > max_blocks {
-                        let expected = format_args!("at most max_blocks * page_size, {max_blocks} * {page_size}");
+                        let expected =
+                            format_args!("at most max_blocks * page_size, {max_blocks} * {page_size}");
                         return Err(Error::value(op, "seq_lens", expected, seq_lens[i]));
                     }
                     s.page_start = self.pages.len() as u64;
@@ -295,7 +296,12 @@ impl Plan {
         for (index, s) in self.sequences.iter().enumerate() {
             let rows = s.q_len as usize * spec.group();
             if rows > u32::MAX as usize || s.kv_len > i32::MAX as u32 || s.q_len > i32::MAX as u32 {
-                return Err(Error::value(op, "q_len, kv_len", "below 2^31 tokens and 2^32 packed rows", rows));
+                return Err(Error::value(
+                    op,
+                    "q_len, kv_len",
+                    "below 2^31 tokens and 2^32 packed rows",
+                    rows,
+                ));
             }
             for kv_head in 0..spec.num_kv_heads {
                 for row_start in (0..rows).step_by(ROW_TILE) {
@@ -340,7 +346,12 @@ impl Plan {
             self.split(tile, blocks.div_ceil(pieces) * KV_BLOCK as u32);
         }
         if self.partial_rows > NO_PARTIAL as usize {
-            return Err(Error::value(op, "partial states", "fewer than 2^32 rows: use a larger split", self.partial_rows));
+            return Err(Error::value(
+                op,
+                "partial states",
+                "fewer than 2^32 rows: use a larger split",
+                self.partial_rows,
+            ));
         }
         self.items.sort_by_key(|t| (std::cmp::Reverse(cost(t)), t.seq, t.kv_start, t.kv_head));
         Ok(())
@@ -377,14 +388,16 @@ impl Plan {
 
 fn cost(item: &WorkItem) -> u64 {
     // Loading a block costs about as much as computing eight rows on it.
-    (item.row_end - item.row_start + 8) as u64 * (item.kv_end - item.kv_start).div_ceil(KV_BLOCK as u32) as u64
+    (item.row_end - item.row_start + 8) as u64
+        * (item.kv_end - item.kv_start).div_ceil(KV_BLOCK as u32) as u64
 }
 
 /// KV tokens that some row of the tile may see: starts at a block.
 fn kv_range(spec: &AttentionSpec, s: &Sequence, row_start: usize, row_end: usize) -> (u32, u32) {
     let group = spec.group();
     let position = |row: usize| s.kv_len as i64 - s.q_len as i64 + (row / group) as i64;
-    let end = if spec.causal { (position(row_end - 1) + 1).clamp(0, s.kv_len as i64) } else { s.kv_len as i64 };
+    let end =
+        if spec.causal { (position(row_end - 1) + 1).clamp(0, s.kv_len as i64) } else { s.kv_len as i64 };
     let start = match spec.window {
         Some(w) if spec.num_sinks == 0 => (position(row_start) - w as i64 + 1).clamp(0, end),
         _ => 0,

@@ -224,7 +224,8 @@ impl RopeSpec {
             RopeScaling::Yarn { factor, original_max_position, beta_fast, beta_slow, attention_factor } => {
                 // The (real-valued) pair that makes `rotations` turns over the trained context.
                 let pair = |rotations: f64| {
-                    dim * (*original_max_position as f64 / (rotations * 2.0 * PI)).ln() / (2.0 * self.theta.ln())
+                    dim * (*original_max_position as f64 / (rotations * 2.0 * PI)).ln()
+                        / (2.0 * self.theta.ln())
                 };
                 let low = pair(*beta_fast).floor().max(0.0);
                 let high = pair(*beta_slow).ceil().min(dim - 1.0);
@@ -240,7 +241,8 @@ impl RopeSpec {
                 let original = *original_max_position as f64;
                 let scaled = plain.iter().map(|f| {
                     let turns = original * f / (2.0 * PI);
-                    let keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+                    let keep =
+                        ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
                     (1.0 - keep) * f / factor + keep * f
                 });
                 (scaled.collect(), 1.0)
@@ -255,8 +257,11 @@ impl RopeSpec {
                 let long = max_position > original_max_position;
                 let divisors = if long { long_factor } else { short_factor };
                 let original = *original_max_position as f64;
-                let default =
-                    if long { (1.0 + (*max_position as f64 / original).ln() / original.ln()).sqrt() } else { 1.0 };
+                let default = if long {
+                    (1.0 + (*max_position as f64 / original).ln() / original.ln()).sqrt()
+                } else {
+                    1.0
+                };
                 let scaled = plain.iter().zip(divisors).map(|(f, d)| f / d);
                 (scaled.collect(), attention_factor.unwrap_or(default))
             }

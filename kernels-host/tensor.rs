@@ -130,7 +130,12 @@ impl Layout {
     ) -> Result<Self> {
         let (shape, strides) = (Dims::new(shape)?, Dims::new(strides)?);
         if shape.len() != strides.len() {
-            return Err(Error::shape("view", "strides", format_args!("one per dimension of {shape:?}"), strides));
+            return Err(Error::shape(
+                "view",
+                "strides",
+                format_args!("one per dimension of {shape:?}"),
+                strides,
+            ));
         }
         let layout = Layout { device, dtype, shape, strides };
         match layout.extent() {
@@ -235,7 +240,12 @@ impl Tensor {
     /// A tensor with the given elements.
     pub fn from_slice<T: Element>(device: &Device, data: &[T], shape: &[usize]) -> Result<Self> {
         if checked_numel(shape) != Some(data.len()) {
-            return Err(Error::shape("tensor", "data", format_args!("the elements of {shape:?}"), data.len()));
+            return Err(Error::shape(
+                "tensor",
+                "data",
+                format_args!("the elements of {shape:?}"),
+                data.len(),
+            ));
         }
         let mut tensor = Tensor::zeros(device, T::DTYPE, shape)?;
         device.backend().upload(bytemuck::cast_slice(data), &mut tensor.storage)?;

@@ -13,8 +13,8 @@ use ferroflash::op::sample::{SamplingParams, sample};
 use ferroflash::op::select_pages::{PageBudget, SparsePlan};
 use ferroflash::op::{int4, layer, merge};
 use ferroflash::{
-    AttentionSpec, Batch, DType, Device, INT4_GROUP, Int4Pages, Int4PagesMut, Kv, KvCache, KvCacheSpec, KvFormat,
-    KvMut, KvTable, NaturalLog, RopeScaling, RopeSpec, RopeStyle, Splits, Tensor, View, ViewMut,
+    AttentionSpec, Batch, DType, Device, INT4_GROUP, Int4Pages, Int4PagesMut, Kv, KvCache, KvCacheSpec,
+    KvFormat, KvMut, KvTable, NaturalLog, RopeScaling, RopeSpec, RopeStyle, Splits, Tensor, View, ViewMut,
 };
 use half::f16;
 use proptest::prelude::*;
@@ -103,8 +103,8 @@ fn append_rotates_and_writes_to_slots() {
                 rotate(x, &pairs, &angles, factor)
             };
             for device in devices() {
-                let plan =
-                    AppendPlan::from_slots(&device, &spec, Some(&rope), page_size, &slots, &positions).unwrap();
+                let plan = AppendPlan::from_slots(&device, &spec, Some(&rope), page_size, &slots, &positions)
+                    .unwrap();
                 let shape = [3, kv_heads, page_size, dim];
                 let mut k_pages = vec![f32::NAN; shape.iter().product()];
                 let mut v_pages = k_pages.clone();
@@ -143,7 +143,6 @@ fn close(got: &[f32], exact: &[f64], tolerance: f64) {
         assert!((*g as f64 - e).abs() <= tolerance * e.abs().max(1.0), "{g} {e}");
     }
 }
-
 
 /// int4 pages in the test's own memory.
 struct Int4Memory {
@@ -309,7 +308,8 @@ fn int4_attention_reads_pages_and_tails() {
                 .unwrap();
         }
         let seq_lens = second.map(|n| n as u32);
-        let table = KvTable::Block { page_size, block_table: &block_table, max_blocks: 2, seq_lens: &seq_lens };
+        let table =
+            KvTable::Block { page_size, block_table: &block_table, max_blocks: 2, seq_lens: &seq_lens };
         let batch = Batch { tail_slots: &tail_slots, ..Batch::new(&[0, 1, 2, 3], table) };
         let mut out = vec![f32::NAN; q.len()];
         AttentionPlan::new(&device, &spec, &batch, Splits::Auto)
@@ -350,7 +350,13 @@ fn int4_attention_reads_pages_and_tails() {
 }
 
 /// A paged case with its cache filled through `append_kv`, so that it has summaries.
-fn cache_of(device: &Device, problem: &Problem, tables: &Tables, page_size: usize, num_pages: usize) -> KvCache {
+fn cache_of(
+    device: &Device,
+    problem: &Problem,
+    tables: &Tables,
+    page_size: usize,
+    num_pages: usize,
+) -> KvCache {
     let spec = &problem.case.spec;
     let (heads, dim) = (spec.num_kv_heads, spec.head_dim);
     let mut cache = KvCache::new(
@@ -430,7 +436,8 @@ fn sparse_selection_is_the_naive_one_and_a_full_budget_is_dense() {
                         let list = &kv_indices[kv_indptr[s] as usize..kv_indptr[s + 1] as usize];
                         let expected: Vec<u32> = kept.iter().map(|&p| list[p]).collect();
                         assert_eq!(plan.chosen(s, kv_head), expected);
-                        let tokens: Vec<usize> = (0..len).filter(|t| kept.contains(&(t / page_size))).collect();
+                        let tokens: Vec<usize> =
+                            (0..len).filter(|t| kept.contains(&(t / page_size))).collect();
                         for head in kv_head * 4..kv_head * 4 + 4 {
                             let at = (s * 8 + head) * 64;
                             let rows = |all: &Vec<Vec<Vec<Vec<f32>>>>| -> Vec<Vec<f32>> {
@@ -451,7 +458,13 @@ fn sparse_selection_is_the_naive_one_and_a_full_budget_is_dense() {
 }
 
 /// Pages by the documented rule: first page and last two in, then the largest upper bounds.
-fn naive_selection(problem: &Problem, s: usize, kv_head: usize, page_size: usize, budget: usize) -> Vec<usize> {
+fn naive_selection(
+    problem: &Problem,
+    s: usize,
+    kv_head: usize,
+    page_size: usize,
+    budget: usize,
+) -> Vec<usize> {
     let keys = &problem.k[s][kv_head];
     let n = keys.len().div_ceil(page_size);
     if n <= budget {
@@ -601,7 +614,8 @@ fn sampling_follows_the_distribution_and_the_seed() {
     let n = 4000;
     let draw = |params: SamplingParams| {
         let rows = logits.repeat(n);
-        let all: Vec<SamplingParams> = (0..n).map(|step| SamplingParams { step: step as u64, ..params }).collect();
+        let all: Vec<SamplingParams> =
+            (0..n).map(|step| SamplingParams { step: step as u64, ..params }).collect();
         let mut ids = vec![0; n];
         sample(&device, View::from_slice(&rows, &[n, 5]).unwrap(), &all, &mut ids).unwrap();
         ids

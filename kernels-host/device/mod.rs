@@ -11,11 +11,11 @@ pub(crate) use backend::{
     AppendCall, AttentionCall, Backend, DequantCall, EmbeddingCall, MergeCall, RmsNormCall, SampleCall,
     SelectCall, SiluMulCall,
 };
+pub(crate) use cpu::partial_stride;
+pub use cpu::{CpuOptions, SimdLevel};
 /// Building blocks of the CPU backend, for the linear layers of `ferroflash-serve`; not part of the API.
 #[doc(hidden)]
 pub use cpu::{matmul, simd};
-pub(crate) use cpu::partial_stride;
-pub use cpu::{CpuOptions, SimdLevel};
 
 use crate::error::Result;
 

@@ -131,7 +131,8 @@ impl AppendPlan {
         };
         // In f64: at position 10^6 an f32 angle is off by 0.03.
         let angles = positions.iter().flat_map(|&p| frequencies.iter().map(move |f| p as f64 * f));
-        let (sin, cos) = angles.map(|a| a.sin_cos()).map(|(s, c)| ((s * factor) as f32, (c * factor) as f32)).unzip();
+        let (sin, cos) =
+            angles.map(|a| a.sin_cos()).map(|(s, c)| ((s * factor) as f32, (c * factor) as f32)).unzip();
         Ok(AppendPlan {
             device: device.clone(),
             num_kv_heads: spec.num_kv_heads,

@@ -88,13 +88,8 @@ impl SparsePlan {
             kv_indices: &vec![0; total],
             last_page_len: &last_page_len,
         };
-        let mut plan = Plan::new(
-            OP,
-            spec,
-            &Batch { kv: table, ..*batch },
-            splits,
-            device.backend().workers(),
-        )?;
+        let mut plan =
+            Plan::new(OP, spec, &Batch { kv: table, ..*batch }, splits, device.backend().workers())?;
         // From one list per sequence to one per KV head.
         plan.pages.clear();
         for (chosen, seq) in plan.sequences.iter_mut().zip(&all.sequences) {
@@ -111,7 +106,13 @@ impl SparsePlan {
         }
         plan.num_pages = all.num_pages;
         let attention = AttentionPlan::from_plan(OP, device, spec, plan)?;
-        Ok(SparsePlan { budget, sequences: all.sequences, pages: all.pages, num_pages: all.num_pages, attention })
+        Ok(SparsePlan {
+            budget,
+            sequences: all.sequences,
+            pages: all.pages,
+            num_pages: all.num_pages,
+            attention,
+        })
     }
 
     /// Chooses pages for `q` `[batch, num_q_heads, head_dim]` from the cache's `summaries`, f32

@@ -100,7 +100,8 @@ fn run(args: &Args) -> Result<ExitCode, Error> {
     let options = options(args, &model);
     let bar = progress_bar(total);
     let start = Instant::now();
-    let name = Path::new(&args.model).file_name().map_or(args.model.clone(), |n| n.to_string_lossy().into_owned());
+    let name =
+        Path::new(&args.model).file_name().map_or(args.model.clone(), |n| n.to_string_lossy().into_owned());
     let summary = serve(&model, &name, options, input, output, &stop, |summary| {
         if let Some(bar) = &bar {
             bar.set_position(summary.answered as u64);

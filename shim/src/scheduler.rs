@@ -245,13 +245,15 @@ mod tests {
 
     #[test]
     fn everything_finishes_with_pages_to_spare() {
-        let limits = Limits { max_sequences: 4, max_step_tokens: 16, num_pages: 100, page_size: 4, tails: false };
+        let limits =
+            Limits { max_sequences: 4, max_step_tokens: 16, num_pages: 100, page_size: 4, tails: false };
         assert_eq!(run(limits, &[1, 50, 3, 17, 2, 30, 8], 20), (7, 0));
     }
 
     #[test]
     fn everything_finishes_when_pages_run_out() {
-        let limits = Limits { max_sequences: 4, max_step_tokens: 16, num_pages: 18, page_size: 4, tails: true };
+        let limits =
+            Limits { max_sequences: 4, max_step_tokens: 16, num_pages: 18, page_size: 4, tails: true };
         let (finished, preemptions) = run(limits, &[1, 50, 3, 17, 2, 30, 8], 20);
         assert_eq!(finished, 7);
         assert!(preemptions > 0);

@@ -131,7 +131,8 @@ impl Sequence {
         while !self.text.is_char_boundary(from) {
             from -= 1;
         }
-        let found = self.generation.stop.iter().filter_map(|stop| self.text[from..].find(stop.as_str())).min();
+        let found =
+            self.generation.stop.iter().filter_map(|stop| self.text[from..].find(stop.as_str())).min();
         if let Some(at) = found {
             self.text.truncate(from + at);
             self.finish = Some(Finish::Stop);
@@ -160,9 +161,7 @@ fn logprobs(token: u32, logits: &[f32], top: usize, text_at: usize) -> Logprobs 
     let log_sum = max + logits.iter().map(|&x| (x as f64 - max).exp()).sum::<f64>().ln();
     let of = |id: u32| (id, (logits[id as usize] as f64 - log_sum) as f32);
     let mut order: Vec<u32> = (0..logits.len() as u32).collect();
-    let larger = |a: &u32, b: &u32| {
-        logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b))
-    };
+    let larger = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
     let top = top.min(order.len());
     if top > 0 {
         order.select_nth_unstable_by(top - 1, larger);

@@ -171,7 +171,9 @@ fn tokenize(request: Request, model: &Model) -> std::result::Result<(Request, Ve
         let vocab = model.config.vocab_size;
         match ids.iter().find(|&&id| id as usize >= vocab) {
             Some(id) => Err(Error::request(format!("field `prompt`: token {id} is not below {vocab}"))),
-            None if ids.is_empty() => Err(Error::request("the prompt is empty: it has no tokens to go on from")),
+            None if ids.is_empty() => {
+                Err(Error::request("the prompt is empty: it has no tokens to go on from"))
+            }
             None => Ok(ids),
         }
     };
@@ -296,7 +298,8 @@ impl<'a> Engine<'a> {
                 "the prompt has {} tokens; with at least one more it must fit in a context of {limit}",
                 prompt.len()
             );
-            return self.refuse(&Refused { form: request.form, code: "context_length_exceeded", message }, line);
+            return self
+                .refuse(&Refused { form: request.form, code: "context_length_exceeded", message }, line);
         }
         let mut choice = 0;
         for prompt in prompts {
@@ -304,8 +307,10 @@ impl<'a> Engine<'a> {
                 let mut generation = request.generation.clone();
                 generation.max_tokens = request.max_tokens.unwrap_or(limit).min(limit - prompt.len());
                 // Choices of one request draw apart.
-                generation.sampling.seed =
-                    generation.sampling.seed.wrapping_add((choice as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15));
+                generation.sampling.seed = generation
+                    .sampling
+                    .seed
+                    .wrapping_add((choice as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15));
                 self.scheduler.add(Sequence::new(line, choice, prompt.clone(), generation));
                 choice += 1;
             }
@@ -351,7 +356,8 @@ impl<'a> Engine<'a> {
                 drawn.push(i);
             }
         }
-        let params: Vec<SamplingParams> = drawn.iter().map(|&i| self.scheduler.running(i).sampling()).collect();
+        let params: Vec<SamplingParams> =
+            drawn.iter().map(|&i| self.scheduler.running(i).sampling()).collect();
         let mut ids = vec![0; params.len()];
         sample(self.model.device(), self.buffers.logits(ids.len())?, &params, &mut ids)?;
         self.summary.generated_tokens += ids.len();
@@ -387,7 +393,8 @@ impl<'a> Engine<'a> {
         for request in requests {
             self.scheduler.cancel(request);
             if let Some(pending) = self.pending.remove(&request) {
-                let refused = Refused { form: pending.form, code: "internal_error", message: error.to_string() };
+                let refused =
+                    Refused { form: pending.form, code: "internal_error", message: error.to_string() };
                 self.refuse(&refused, pending.line);
             }
         }

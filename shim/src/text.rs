@@ -75,15 +75,19 @@ impl Text {
             let value = &config[key];
             value.as_str().or(value["content"].as_str()).unwrap_or_default().to_string()
         };
-        let chat =
-            template.map(|template| Chat { template, bos_token: token("bos_token"), eos_token: token("eos_token") });
+        let chat = template.map(|template| Chat {
+            template,
+            bos_token: token("bos_token"),
+            eos_token: token("eos_token"),
+        });
         Self::new(tokenizer, None, chat)
     }
 
     /// From GGUF metadata: byte-level BPE (`gpt2`) or SentencePiece (`llama`).
     pub fn from_gguf(file: &Gguf) -> Result<Self> {
         const PREFIX: &str = "tokenizer.ggml";
-        let missing = |key: &str| Error::model(format!("metadata {PREFIX}.{key} is missing or of the wrong type"));
+        let missing =
+            |key: &str| Error::model(format!("metadata {PREFIX}.{key} is missing or of the wrong type"));
         let kind = file.str(&format!("{PREFIX}.model")).ok_or_else(|| missing("model"))?;
         let Some(gguf::Value::Strs(tokens)) = file.get(&format!("{PREFIX}.tokens")) else {
             return Err(missing("tokens"));
@@ -92,7 +96,9 @@ impl Text {
             "gpt2" => byte_level_bpe(file, tokens)?,
             "llama" => sentence_piece(file, tokens)?,
             other => {
-                return Err(Error::model(format!("tokenizer {other:?} is not supported; gpt2 and llama are")));
+                return Err(Error::model(format!(
+                    "tokenizer {other:?} is not supported; gpt2 and llama are"
+                )));
             }
         };
         if let Some(gguf::Value::Ints(types)) = file.get(&format!("{PREFIX}.token_type")) {
@@ -106,9 +112,7 @@ impl Text {
             tokenizer.add_tokens(user).map_err(failed)?;
         }
         let id = |key: &str| file.uint(&format!("{PREFIX}.{key}")).map(|id| id as u32);
-        let token = |id: Option<u32>| {
-            id.and_then(|id| tokens.get(id as usize)).cloned().unwrap_or_default()
-        };
+        let token = |id: Option<u32>| id.and_then(|id| tokens.get(id as usize)).cloned().unwrap_or_default();
         let adds_bos = file.uint(&format!("{PREFIX}.add_bos_token")).map_or(kind == "llama", |b| b != 0);
         let bos = id("bos_token_id").filter(|&id| adds_bos && (id as usize) < tokens.len());
         let chat = file.str("tokenizer.chat_template").map(|template| Chat {
@@ -131,18 +135,22 @@ impl Text {
 
     /// Tokens of a completion prompt. Special tokens in the text are parsed as special.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.tokenizer.encode_fast(text, true).map_err(|e| Error::request(format!("prompt: {e}")))?;
+        let encoding =
+            self.tokenizer.encode_fast(text, true).map_err(|e| Error::request(format!("prompt: {e}")))?;
         Ok(self.bos.into_iter().chain(encoding.get_ids().iter().copied()).collect())
     }
 
     /// Tokens of a chat, by the model's template, up to where the assistant begins.
     pub fn encode_chat(&self, messages: &Value) -> Result<Vec<u32>> {
         let chat = self.chat.as_ref().ok_or_else(|| {
-            Error::request("the model has no chat template; send a `prompt` to /v1/completions instead of `messages`")
+            Error::request(
+                "the model has no chat template; send a `prompt` to /v1/completions instead of `messages`",
+            )
         })?;
         let text = chat.render(messages).map_err(|e| Error::request(format!("chat template: {e}")))?;
         // The template writes the special tokens itself.
-        let encoding = self.tokenizer.encode_fast(text, false).map_err(|e| Error::request(format!("messages: {e}")))?;
+        let encoding =
+            self.tokenizer.encode_fast(text, false).map_err(|e| Error::request(format!("messages: {e}")))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -176,9 +184,12 @@ impl Chat {
         env.set_trim_blocks(true);
         env.set_lstrip_blocks(true);
         env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        env.add_function("raise_exception", |message: String| -> std::result::Result<String, minijinja::Error> {
-            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-        });
+        env.add_function(
+            "raise_exception",
+            |message: String| -> std::result::Result<String, minijinja::Error> {
+                Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+            },
+        );
         // A batch's answers must not depend on the day: templates that ask get the epoch.
         env.add_function("strftime_now", |_format: String| "1970-01-01".to_string());
         env.set_fuel(Some(10_000_000));
@@ -256,7 +267,8 @@ fn sentence_piece(file: &Gguf, tokens: &[String]) -> Result<Tokenizer> {
     merges.sort_by(|a, b| a.0.total_cmp(&b.0).then((a.1, a.2).cmp(&(b.1, b.2))));
     let merges = merges.into_iter().map(|m| m.3).collect();
     let unknown = file.uint("tokenizer.ggml.unknown_token_id").and_then(|id| tokens.get(id)).cloned();
-    let mut model = BPE::builder().vocab_and_merges(vocab_of(tokens), merges).byte_fallback(true).fuse_unk(true);
+    let mut model =
+        BPE::builder().vocab_and_merges(vocab_of(tokens), merges).byte_fallback(true).fuse_unk(true);
     if let Some(unknown) = unknown {
         model = model.unk_token(unknown);
     }

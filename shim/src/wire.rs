@@ -196,7 +196,8 @@ fn request(body: &Map<String, Value>, form: Form, line: u64) -> Result<Request> 
     let prompts = prompts(&fields, &form)?;
     let n = fields.whole("n", 1, MAX_CHOICES as u64)?.unwrap_or(1) as usize;
     if prompts.len() * n > MAX_CHOICES {
-        let message = format!("{} prompts with `n` of {n}: at most {MAX_CHOICES} generations in all", prompts.len());
+        let message =
+            format!("{} prompts with `n` of {n}: at most {MAX_CHOICES} generations in all", prompts.len());
         return Err(Error::request(message));
     }
     let max_tokens = match fields.whole("max_completion_tokens", 1, u64::MAX)? {
@@ -248,7 +249,8 @@ fn prompts(fields: &Fields<'_>, form: &Form) -> Result<Vec<Prompt>> {
 
 fn checked_messages(messages: &Value) -> Result<Value> {
     let list = messages.as_array().filter(|list| !list.is_empty());
-    let list = list.ok_or_else(|| Error::request(wrong("messages", "a list of at least one message", messages)))?;
+    let list =
+        list.ok_or_else(|| Error::request(wrong("messages", "a list of at least one message", messages)))?;
     let mut checked = Vec::new();
     for (i, message) in list.iter().enumerate() {
         let field = format!("messages[{i}]");
@@ -269,7 +271,9 @@ fn checked_messages(messages: &Value) -> Result<Value> {
                     _ => None,
                 });
                 let texts: Option<Vec<&str>> = texts.collect();
-                texts.ok_or_else(|| Error::request(wrong(&format!("{field}.content"), expected, content)))?.concat()
+                texts
+                    .ok_or_else(|| Error::request(wrong(&format!("{field}.content"), expected, content)))?
+                    .concat()
             }
             other => return Err(Error::request(wrong(&format!("{field}.content"), "a string", other))),
         };
@@ -281,14 +285,18 @@ fn checked_messages(messages: &Value) -> Result<Value> {
 }
 
 fn completion_prompts(prompt: &Value) -> Result<Vec<Prompt>> {
-    let bad = || Error::request(wrong("prompt", "a string, a list of strings, or a list of token ids", prompt));
+    let bad =
+        || Error::request(wrong("prompt", "a string, a list of strings, or a list of token ids", prompt));
     match prompt {
         Value::String(text) => Ok(vec![Prompt::Text(text.clone())]),
-        Value::Array(list) if !list.is_empty() && list.len() <= MAX_CHOICES && list.iter().all(Value::is_string) => {
+        Value::Array(list)
+            if !list.is_empty() && list.len() <= MAX_CHOICES && list.iter().all(Value::is_string) =>
+        {
             Ok(list.iter().filter_map(Value::as_str).map(|s| Prompt::Text(s.to_string())).collect())
         }
         Value::Array(list) => {
-            let ids: Option<Vec<u32>> = list.iter().map(|v| v.as_u64().and_then(|n| u32::try_from(n).ok())).collect();
+            let ids: Option<Vec<u32>> =
+                list.iter().map(|v| v.as_u64().and_then(|n| u32::try_from(n).ok())).collect();
             ids.filter(|ids| !ids.is_empty()).map(|ids| vec![Prompt::Tokens(ids)]).ok_or_else(bad)
         }
         _ => Err(bad()),
@@ -320,7 +328,9 @@ fn stop(fields: &Fields<'_>) -> Result<Vec<String>> {
         other => return Err(Error::request(wrong("stop", "a string or a list of strings", other))),
     };
     if list.iter().any(String::is_empty) || list.len() > MAX_CHOICES {
-        return Err(Error::request(format!("field `stop`: expected at most {MAX_CHOICES} strings, none empty")));
+        return Err(Error::request(format!(
+            "field `stop`: expected at most {MAX_CHOICES} strings, none empty"
+        )));
     }
     Ok(list)
 }

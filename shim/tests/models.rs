@@ -79,8 +79,10 @@ fn every_architecture_gives_the_logits_of_transformers() {
 fn quantised_blocks_have_the_values_of_ggml() {
     for (name, case) in json(fixture("quants.json")).as_object().unwrap() {
         let quant = Quant::from_ggml(case["type"].as_u64().unwrap() as u32).unwrap();
-        let bytes: Vec<u8> = case["bytes"].as_array().unwrap().iter().map(|b| b.as_u64().unwrap() as u8).collect();
-        let expected: Vec<f64> = case["values"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect();
+        let bytes: Vec<u8> =
+            case["bytes"].as_array().unwrap().iter().map(|b| b.as_u64().unwrap() as u8).collect();
+        let expected: Vec<f64> =
+            case["values"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect();
         let rows = RowReader::new(quant, &bytes, 1, expected.len()).unwrap();
         let mut got = vec![0f32; expected.len()];
         rows.read(0, &mut got);
@@ -105,7 +107,8 @@ fn sentencepiece_gguf_has_its_ids_text_and_logits() {
     for case in expected["strings"].as_array().unwrap() {
         let text = case["text"].as_str().unwrap();
         let ids = model.text.encode(text).unwrap();
-        let want: Vec<u32> = case["ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect();
+        let want: Vec<u32> =
+            case["ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect();
         assert_eq!(ids, want, "{text:?}");
         assert_eq!(model.text.decode(&ids), text);
     }
@@ -141,7 +144,10 @@ fn damaged_gguf_files_are_refused_and_never_panic() {
     let whole = std::fs::read(fixture("spm.gguf")).unwrap();
     for len in (0..whole.len() - 1).step_by(4001).chain([4, 8, 23, 24, 100]) {
         let error = load(&scratch.write("cut.gguf", &whole[..len])).unwrap_err();
-        assert!(error.contains("truncated") || error.contains("left in the file") || len < 4, "{len}: {error}");
+        assert!(
+            error.contains("truncated") || error.contains("left in the file") || len < 4,
+            "{len}: {error}"
+        );
     }
     // Hostile counts and lengths: the number of tensors, of metadata entries, of a key's bytes.
     for at in [8, 16, 24] {

@@ -14,7 +14,8 @@ use serde_json::{Value, json};
 /// Greedy and seeded requests of many lengths.
 fn mixed(n: usize) -> String {
     let line = |i: usize| {
-        let words = ["the LORD", "and it came to pass", "Moses", "a great multitude of the children of Israel"];
+        let words =
+            ["the LORD", "and it came to pass", "Moses", "a great multitude of the children of Israel"];
         let prompt = vec![words[i % 4]; 1 + i * 7 % 23].join(" ");
         let temperature = if i.is_multiple_of(3) { 0.8 } else { 0.0 };
         json!({"prompt": prompt, "max_tokens": 1 + i * 5 % 37, "temperature": temperature, "top_p": 0.9, "n": 1 + i % 3})
@@ -57,7 +58,8 @@ fn sixteen_bit_and_int4_caches_serve_everything() {
         (KvFormat::Int4 { num_tails: 16 }, 32),
     ];
     for (kv_format, page_size) in formats {
-        let (answers, _) = run(&model, Options { kv_format, page_size, num_pages: 60, ..options() }, &mixed(24));
+        let (answers, _) =
+            run(&model, Options { kv_format, page_size, num_pages: 60, ..options() }, &mixed(24));
         assert_eq!(answers.len(), 24);
         assert!(answers.iter().all(|a| a.get("error").is_none()), "{answers:?}");
     }

@@ -11,7 +11,11 @@ use super::{Elements, Rng, rounded};
 pub enum Place {
     Ragged,
     /// Shuffled pages; unused slots and pages hold NaN.
-    Paged { page_size: usize, nhd: bool, block_table: bool },
+    Paged {
+        page_size: usize,
+        nhd: bool,
+        block_table: bool,
+    },
 }
 
 /// One attention problem. `Debug` prints all that makes it.
@@ -69,9 +73,7 @@ impl Problem {
             };
             case.lengths
                 .iter()
-                .map(|&(_, kv)| {
-                    (0..num_kv_heads).map(|_| (0..kv).map(|_| row(&mut rng)).collect()).collect()
-                })
+                .map(|&(_, kv)| (0..num_kv_heads).map(|_| (0..kv).map(|_| row(&mut rng)).collect()).collect())
                 .collect()
         };
         let (k, v) = (rows(), rows());

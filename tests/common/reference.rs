@@ -61,8 +61,7 @@ pub fn attend<T: Real>(
     let mut scores: Vec<(usize, T)> = Vec::new();
     for (k_pos, key) in keys.iter().enumerate() {
         let distance = q_pos - k_pos as i64;
-        let in_window =
-            f.window.is_none_or(|w| distance < w as i64) || (k_pos as i64) < f.num_sinks as i64;
+        let in_window = f.window.is_none_or(|w| distance < w as i64) || (k_pos as i64) < f.num_sinks as i64;
         if f.causal && distance < 0 || !in_window || !visible(k_pos) {
             continue;
         }

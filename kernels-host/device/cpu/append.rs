@@ -178,7 +178,8 @@ fn rotate(plan: &AppendPlan, token: usize, row: &mut [f32; 256]) {
         }
         RopeStyle::Interleaved => {
             for (i, pair) in row[..2 * half].chunks_exact_mut(2).enumerate() {
-                (pair[0], pair[1]) = (pair[0] * cos[i] - pair[1] * sin[i], pair[1] * cos[i] + pair[0] * sin[i]);
+                (pair[0], pair[1]) =
+                    (pair[0] * cos[i] - pair[1] * sin[i], pair[1] * cos[i] + pair[0] * sin[i]);
             }
         }
     }

@@ -198,7 +198,15 @@ impl Kernel<'_> {
 
     /// Normalises a row and writes it.
     #[inline(always)]
-    unsafe fn finish_row<S: Simd>(&self, seq: &Sequence, kv_head: u32, row: usize, m: f32, l: f32, o: *mut f32) {
+    unsafe fn finish_row<S: Simd>(
+        &self,
+        seq: &Sequence,
+        kv_head: u32,
+        row: usize,
+        m: f32,
+        l: f32,
+        o: *mut f32,
+    ) {
         let head = self.query_head(kv_head, row);
         let (mut m, mut l, mut factor) = (m, l, 1.0);
         if let Some(sinks) = self.sink_logits {
@@ -326,7 +334,8 @@ impl Attend<'_> {
         let head = kernel.query_head(item.kv_head, row);
 
         if score.soft_cap > 0.0 {
-            let (to_unit, from_unit) = (S::splat(score.scale / score.soft_cap), S::splat(score.soft_cap * LOG2_E));
+            let (to_unit, from_unit) =
+                (S::splat(score.scale / score.soft_cap), S::splat(score.soft_cap * LOG2_E));
             for c in (0..KV_BLOCK).step_by(S::LANES) {
                 let x = S::tanh(S::mul(S::load(s.add(c)), to_unit));
                 S::store(s.add(c), S::mul(x, from_unit));
@@ -386,7 +395,8 @@ impl Attend<'_> {
             return;
         }
         let words = seq.n_tree.div_ceil(32) as usize;
-        let mask = &self.kernel.plan.tree_mask[seq.tree_start as usize + row / self.kernel.group * words..][..words];
+        let mask =
+            &self.kernel.plan.tree_mask[seq.tree_start as usize + row / self.kernel.group * words..][..words];
         for c in tree_at.saturating_sub(at)..n {
             let column = at + c - tree_at;
             if mask[column / 32] >> (column % 32) & 1 == 0 {

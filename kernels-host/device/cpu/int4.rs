@@ -4,10 +4,10 @@
 use ferroflash_kernels::abi::{INT4_GROUP, Sequence};
 use half::f16;
 
+use super::Cpu;
 use super::convert::load_row;
 use super::kv_rows::Rows;
 use super::simd::{Simd, Task};
-use super::Cpu;
 use crate::device::DequantCall;
 use crate::kv_cache::{Int4Pages, int4_v_group};
 
@@ -154,7 +154,8 @@ impl Int4Rows {
 
             let params = self.v_params.at(page, head, offset + token).cast::<f16>().cast_mut();
             for group in 0..groups {
-                let range = Range::of((group * self.v_group..(group + 1) * self.v_group).map(|d| v(token, d)));
+                let range =
+                    Range::of((group * self.v_group..(group + 1) * self.v_group).map(|d| v(token, d)));
                 *params.add(group) = range.min;
                 *params.add(groups + group) = range.scale;
             }

@@ -77,12 +77,20 @@ impl<'a> KvRows<'a> {
 
     /// Addresses of tokens `at..at + n`, then zeros.
     #[inline(always)]
-    fn addresses(&self, rows: &Rows, seq: &Sequence, head: usize, at: usize, n: usize) -> [*const u8; KV_BLOCK] {
+    fn addresses(
+        &self,
+        rows: &Rows,
+        seq: &Sequence,
+        head: usize,
+        at: usize,
+        n: usize,
+    ) -> [*const u8; KV_BLOCK] {
         let mut addresses = [ZEROS.as_ptr().cast(); KV_BLOCK];
         let mut i = 0;
         while i < n {
             let (page, offset) = self.locate(seq, head, at + i);
-            let run = if self.plan.page_size == 0 { n - i } else { (n - i).min(self.plan.page_size - offset) };
+            let run =
+                if self.plan.page_size == 0 { n - i } else { (n - i).min(self.plan.page_size - offset) };
             let first = rows.at(page, head, offset);
             for j in 0..run {
                 addresses[i + j] = first.wrapping_add(j * rows.token);
@@ -176,7 +184,13 @@ impl<'a> KvRows<'a> {
             }
             Source::Int4(pages) => {
                 for i in 0..n {
-                    pages.load_v::<S>(seq, head, at + i, self.locate(seq, head, at + i), spare.add(i * stride));
+                    pages.load_v::<S>(
+                        seq,
+                        head,
+                        at + i,
+                        self.locate(seq, head, at + i),
+                        spare.add(i * stride),
+                    );
                 }
             }
         }

@@ -48,7 +48,10 @@ impl Cpu {
         let unavailable = |why: String| Error::Unavailable { device: "cpu".into(), why };
         let level = options.simd.unwrap_or_else(SimdLevel::detect);
         if !level.is_available() {
-            return Err(unavailable(format!("this machine has no {level:?}; it has {:?}", SimdLevel::detect())));
+            return Err(unavailable(format!(
+                "this machine has no {level:?}; it has {:?}",
+                SimdLevel::detect()
+            )));
         }
         let pool = match options.threads {
             0 => None,

@@ -45,8 +45,11 @@ fn next_token(logits: &[f32], params: &SamplingParams) -> u32 {
     let max = logits[best];
     let weight = |x: f32| ((x - max) / params.temperature).exp() as f64;
     // NaN counts as -inf.
-    let mut kept: Vec<(u32, f64)> =
-        logits.iter().enumerate().map(|(i, &x)| (i as u32, if x.is_nan() { 0.0 } else { weight(x) })).collect();
+    let mut kept: Vec<(u32, f64)> = logits
+        .iter()
+        .enumerate()
+        .map(|(i, &x)| (i as u32, if x.is_nan() { 0.0 } else { weight(x) }))
+        .collect();
     let by_weight = |a: &(u32, f64), b: &(u32, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
     if params.top_k > 0 && params.top_k < kept.len() {
         kept.select_nth_unstable_by(params.top_k - 1, by_weight);

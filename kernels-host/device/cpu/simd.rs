@@ -654,7 +654,8 @@ mod neon {
             // infinity and NaN keep a full exponent.
             let x = vmovl_u16(vld1_u16(p));
             let magnitude = vshlq_n_u32::<13>(vandq_u32(x, vdupq_n_u32(0x7fff)));
-            let scaled = vmulq_f32(vreinterpretq_f32_u32(magnitude), vdupq_n_f32(f32::from_bits(0x7780_0000)));
+            let scaled =
+                vmulq_f32(vreinterpretq_f32_u32(magnitude), vdupq_n_f32(f32::from_bits(0x7780_0000)));
             let special = vcgeq_u32(magnitude, vdupq_n_u32(0x0f80_0000));
             let full = vandq_u32(special, vdupq_n_u32(0x7f80_0000));
             let sign = vshlq_n_u32::<16>(vandq_u32(x, vdupq_n_u32(0x8000)));

@@ -96,7 +96,9 @@ impl Config {
             return Err(Error::model(format!("hidden_act {act:?} is not supported; \"silu\" is")));
         }
         if !config["quantization_config"].is_null() {
-            return Err(Error::model("quantization_config: quantised safetensors are not supported; GGUF is"));
+            return Err(Error::model(
+                "quantization_config: quantised safetensors are not supported; GGUF is",
+            ));
         }
         let required = |key: &str| {
             let n = config[key].as_u64().and_then(|n| usize::try_from(n).ok());
@@ -164,8 +166,7 @@ impl Config {
         let key = |suffix: &str| format!("{name}.{suffix}");
         let required = |suffix: &str| file.uint(&key(suffix)).ok_or_else(|| missing(&key(suffix)));
         let (hidden_size, num_q_heads) = (required("embedding_length")?, required("attention.head_count")?);
-        let head_dim =
-            file.uint(&key("attention.key_length")).unwrap_or(hidden_size / num_q_heads.max(1));
+        let head_dim = file.uint(&key("attention.key_length")).unwrap_or(hidden_size / num_q_heads.max(1));
         let rotary_dim = file.uint(&key("rope.dimension_count")).unwrap_or(head_dim);
         let scaling = gguf_scaling(file, &name)?;
         // ggml keeps Llama's pairs side by side: its files have Q and K rows in that order.
@@ -195,7 +196,8 @@ impl Config {
             head_dim,
             rms_norm_eps: file
                 .number(&key("attention.layer_norm_rms_epsilon"))
-                .ok_or_else(|| missing(&key("attention.layer_norm_rms_epsilon")))? as f32,
+                .ok_or_else(|| missing(&key("attention.layer_norm_rms_epsilon")))?
+                as f32,
             rope: RopeSpec { rotary_dim, theta, style, scaling },
             max_position: required("context_length")?,
             window: file.uint(&key("attention.sliding_window")).filter(|&w| w > 0).map(|w| w as u32),
@@ -212,7 +214,9 @@ fn hf_scaling(scaling: &Value, max_position: usize) -> Result<RopeScaling> {
     }
     let kind = scaling["rope_type"].as_str().or(scaling["type"].as_str()).unwrap_or("default");
     let number = |key: &str| {
-        scaling[key].as_f64().ok_or_else(|| Error::model(format!("rope scaling {kind:?} has no number `{key}`")))
+        scaling[key]
+            .as_f64()
+            .ok_or_else(|| Error::model(format!("rope scaling {kind:?} has no number `{key}`")))
     };
     let original = || {
         let n = scaling["original_max_position_embeddings"].as_u64();
@@ -284,6 +288,10 @@ fn gguf_scaling(file: &Gguf, name: &str) -> Result<RopeScaling> {
             beta_slow: 1.0,
             attention_factor: None,
         },
-        _ => return Err(Error::model(format!("rope scaling {kind:?} is not supported; none, linear and yarn are"))),
+        _ => {
+            return Err(Error::model(format!(
+                "rope scaling {kind:?} is not supported; none, linear and yarn are"
+            )));
+        }
     })
 }

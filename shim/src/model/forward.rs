@@ -41,7 +41,8 @@ pub struct Caches {
 impl Caches {
     /// Allocates a page pool per layer.
     pub fn new(device: &Device, num_layers: usize, spec: KvCacheSpec) -> Result<Self> {
-        let layers = (0..num_layers).map(|_| KvCache::new(device, spec)).collect::<ferroflash::Result<_>>()?;
+        let layers =
+            (0..num_layers).map(|_| KvCache::new(device, spec)).collect::<ferroflash::Result<_>>()?;
         Ok(Caches { layers, spec })
     }
 
@@ -137,7 +138,14 @@ impl Model {
         for (i, layer) in weights.layers.iter().enumerate() {
             if i == 0 {
                 let x = rows(&buffers.residual, tokens)?;
-                rms_norm(device, x, None, layer.attention_norm.view(), eps, rows_mut(&mut buffers.hidden, tokens)?)?;
+                rms_norm(
+                    device,
+                    x,
+                    None,
+                    layer.attention_norm.view(),
+                    eps,
+                    rows_mut(&mut buffers.hidden, tokens)?,
+                )?;
             }
             layer.qkv.forward(tokens, &buffers.hidden, &mut buffers.qkv)?;
             self.attend(i, tokens, &append, &mut attention, caches, buffers)?;

@@ -163,7 +163,9 @@ impl Gguf {
             let name = cursor.string()?;
             let rank = cursor.u32()?;
             if rank > 4 {
-                return Err(Error::model(format!("tensor {name:?} has {rank} dimensions, at most 4 are possible")));
+                return Err(Error::model(format!(
+                    "tensor {name:?} has {rank} dimensions, at most 4 are possible"
+                )));
             }
             let shape: Vec<usize> = (0..rank).map(|_| Ok(cursor.u64()? as usize)).collect::<Result<_>>()?;
             let kind = cursor.u32()?;

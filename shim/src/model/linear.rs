@@ -202,15 +202,69 @@ impl Task for Panel<'_> {
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) {
+        match self.rows {
+            1 => self.run_few::<S, 1>(),
+            2 => self.run_few::<S, 2>(),
+            _ => self.run_many::<S>(),
+        }
+    }
+}
+
+impl Panel<'_> {
+    /// One or two rows: weights go from memory through registers into the sums.
+    #[inline(always)]
+    unsafe fn run_few<S: Simd, const ROWS: usize>(self) {
+        let Panel { matrix, panel, x, sums, .. } = self;
+        let k = matrix.k;
+        for column in (0..PANEL).step_by(S::TILE_VECS * S::LANES) {
+            let mut acc = [[S::splat(0.0); MAX_VECS]; ROWS];
+            matrix.visit::<S>(
+                panel,
+                column,
+                0..k,
+                #[inline(always)]
+                |i, weights| {
+                    for (r, acc) in acc.iter_mut().enumerate() {
+                        let x = S::splat(*x.as_ptr().add(r * k + i));
+                        for j in 0..S::TILE_VECS {
+                            acc[j] = S::fma(x, weights[j], acc[j]);
+                        }
+                    }
+                },
+            );
+            for (r, acc) in acc.iter().enumerate() {
+                for j in 0..S::TILE_VECS {
+                    S::store(sums.as_mut_ptr().add(r * PANEL + column + j * S::LANES), acc[j]);
+                }
+            }
+        }
+    }
+
+    /// More rows: a block of weights is widened into the cache and used by all of them.
+    #[inline(always)]
+    unsafe fn run_many<S: Simd>(self) {
         let Panel { matrix, panel, x, rows, block, sums } = self;
         let (k, vecs) = (matrix.k, PANEL / S::LANES);
         let sums = sums.as_mut_ptr();
         for start in (0..k).step_by(K_BLOCK) {
             let len = K_BLOCK.min(k - start);
-            matrix.widen::<S>(panel, start, len, block.as_mut_ptr());
+            let widened = block.as_mut_ptr();
+            for column in (0..PANEL).step_by(S::TILE_VECS * S::LANES) {
+                matrix.visit::<S>(
+                    panel,
+                    column,
+                    start..start + len,
+                    #[inline(always)]
+                    |i, weights| {
+                        let to = widened.add((i - start) * PANEL + column);
+                        for j in 0..S::TILE_VECS {
+                            S::store(to.add(j * S::LANES), weights[j]);
+                        }
+                    },
+                );
+            }
             let x = x.as_ptr().add(start);
-            let widened = block.as_ptr();
-            let b = |p| widened.add(p * PANEL);
+            let b = |p| widened.add(p * PANEL).cast_const();
             if start == 0 {
                 matmul::<S, f32, false>(rows, len, vecs, x, k, b, sums, PANEL);
             } else {
@@ -220,43 +274,61 @@ impl Task for Panel<'_> {
     }
 }
 
+/// Vectors side by side that any set has registers for; a set uses the first `TILE_VECS`.
+const MAX_VECS: usize = 4;
+
 impl Matrix {
-    /// Weights `start..start + len` of a panel as f32 `[len][64]`.
+    /// Calls `f(k, weights)` for each `k` of a range, with a panel's weights from `column` on as f32. The
+    /// range is one of whole groups.
     #[inline(always)]
-    unsafe fn widen<S: Simd>(&self, panel: usize, start: usize, len: usize, to: *mut f32) {
-        let at = (panel * self.k + start) * PANEL;
+    unsafe fn visit<S: Simd>(
+        &self,
+        panel: usize,
+        column: usize,
+        range: std::ops::Range<usize>,
+        mut f: impl FnMut(usize, [S::V; MAX_VECS]),
+    ) {
+        let at = panel * self.k * PANEL;
         match &self.weights {
-            Weights::F32(w) => to.copy_from_nonoverlapping(w.as_ptr().add(at), len * PANEL),
+            Weights::F32(w) => {
+                let load = |p: *const f32| S::load(p);
+                plain::<S, f32>(w.as_ptr().add(at), column, range, load, f);
+            }
             Weights::F16(w) => {
-                for i in (0..len * PANEL).step_by(S::LANES) {
-                    S::store(to.add(i), S::load_f16(w.as_ptr().add(at + i).cast()));
-                }
+                let load = |p: *const f16| S::load_f16(p.cast());
+                plain::<S, f16>(w.as_ptr().add(at), column, range, load, f);
             }
             Weights::BF16(w) => {
-                for i in (0..len * PANEL).step_by(S::LANES) {
-                    S::store(to.add(i), S::load_bf16(w.as_ptr().add(at + i).cast()));
-                }
+                let load = |p: *const bf16| S::load_bf16(p.cast());
+                plain::<S, bf16>(w.as_ptr().add(at), column, range, load, f);
             }
             Weights::Int8(codes, groups) => {
-                for group in (0..len).step_by(groups.size) {
-                    for lane in (0..PANEL).step_by(S::LANES) {
-                        let (scale, min) = groups.load::<S>(self.k, panel, start + group, lane);
-                        for i in group..group + groups.size {
-                            let code = S::load_i8(codes.as_ptr().add(at + i * PANEL + lane));
-                            S::store(to.add(i * PANEL + lane), S::fma(code, scale, min));
+                let codes = codes.as_ptr().add(at);
+                for group in range.step_by(groups.size) {
+                    let (scales, mins) = groups.load::<S>(self.k, panel, group, column);
+                    for i in group..group + groups.size {
+                        let mut weights = [S::splat(0.0); MAX_VECS];
+                        for j in 0..S::TILE_VECS {
+                            let code = S::load_i8(codes.add(i * PANEL + column + j * S::LANES));
+                            weights[j] = S::fma(code, scales[j], mins[j]);
                         }
+                        f(i, weights);
                     }
                 }
             }
             Weights::Int4(codes, groups) => {
-                for group in (0..len).step_by(groups.size) {
-                    for lane in (0..PANEL).step_by(S::LANES) {
-                        let (scale, min) = groups.load::<S>(self.k, panel, start + group, lane);
-                        for i in (group..group + groups.size).step_by(2) {
-                            let pair = S::load_nibbles(codes.as_ptr().add((at + i * PANEL) / 2 + lane));
-                            S::store(to.add(i * PANEL + lane), S::fma(pair.0, scale, min));
-                            S::store(to.add((i + 1) * PANEL + lane), S::fma(pair.1, scale, min));
+                let codes = codes.as_ptr().add(at / 2);
+                for group in range.step_by(groups.size) {
+                    let (scales, mins) = groups.load::<S>(self.k, panel, group, column);
+                    for i in (group..group + groups.size).step_by(2) {
+                        let (mut even, mut odd) = ([S::splat(0.0); MAX_VECS], [S::splat(0.0); MAX_VECS]);
+                        for j in 0..S::TILE_VECS {
+                            let pair = S::load_nibbles(codes.add(i / 2 * PANEL + column + j * S::LANES));
+                            even[j] = S::fma(pair.0, scales[j], mins[j]);
+                            odd[j] = S::fma(pair.1, scales[j], mins[j]);
                         }
+                        f(i, even);
+                        f(i + 1, odd);
                     }
                 }
             }
@@ -264,11 +336,39 @@ impl Matrix {
     }
 }
 
+#[inline(always)]
+unsafe fn plain<S: Simd, T>(
+    panel: *const T,
+    column: usize,
+    range: std::ops::Range<usize>,
+    load: impl Fn(*const T) -> S::V,
+    mut f: impl FnMut(usize, [S::V; MAX_VECS]),
+) {
+    for i in range {
+        let mut weights = [S::splat(0.0); MAX_VECS];
+        for j in 0..S::TILE_VECS {
+            weights[j] = load(panel.add(i * PANEL + column + j * S::LANES));
+        }
+        f(i, weights);
+    }
+}
+
 impl Groups {
     #[inline(always)]
-    unsafe fn load<S: Simd>(&self, k: usize, panel: usize, start: usize, lane: usize) -> (S::V, S::V) {
-        let at = (panel * (k / self.size) + start / self.size) * PANEL + lane;
-        (S::load(self.scales.as_ptr().add(at)), S::load(self.mins.as_ptr().add(at)))
+    unsafe fn load<S: Simd>(
+        &self,
+        k: usize,
+        panel: usize,
+        start: usize,
+        column: usize,
+    ) -> ([S::V; MAX_VECS], [S::V; MAX_VECS]) {
+        let at = (panel * (k / self.size) + start / self.size) * PANEL + column;
+        let (mut scales, mut mins) = ([S::splat(0.0); MAX_VECS], [S::splat(0.0); MAX_VECS]);
+        for j in 0..S::TILE_VECS {
+            scales[j] = S::load(self.scales.as_ptr().add(at + j * S::LANES));
+            mins[j] = S::load(self.mins.as_ptr().add(at + j * S::LANES));
+        }
+        (scales, mins)
     }
 }
 

@@ -41,16 +41,18 @@ impl Model {
         } else if at.is_file() {
             Self::from_gguf(device, at)
         } else {
-            Err(Error::model("no such file or folder; a Hugging Face folder, a .gguf file or `tiny` would work"))
+            Err(Error::model(
+                "no such file or folder; a Hugging Face folder, a .gguf file or `tiny` would work",
+            ))
         };
         loaded.map_err(|e| e.within(path))
     }
 
     fn from_folder(device: &Device, folder: &Folder) -> Result<Self> {
-        let config = folder.json("config.json")?.ok_or_else(|| Error::model("no config.json in the folder"))?;
-        let generation = folder.json("generation_config.json")?;
         let config =
-            Config::from_hf(&config, generation.as_ref()).map_err(|e| e.within("config.json"))?;
+            folder.json("config.json")?.ok_or_else(|| Error::model("no config.json in the folder"))?;
+        let generation = folder.json("generation_config.json")?;
+        let config = Config::from_hf(&config, generation.as_ref()).map_err(|e| e.within("config.json"))?;
         let text = Text::from_folder(folder)?;
         let shards = Shards::open(folder)?;
         Self::assemble(device, config, text, Weights::load(device, &shards, &HF_NAMES))

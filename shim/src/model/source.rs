@@ -101,13 +101,16 @@ impl Shards {
             None => vec!["model.safetensors".to_string()],
             Some(index) => {
                 let map = index["weight_map"].as_object();
-                let map =
-                    map.ok_or_else(|| Error::model("model.safetensors.index.json has no object `weight_map`"))?;
-                let mut names: Vec<String> = map.values().filter_map(|v| v.as_str().map(String::from)).collect();
+                let map = map
+                    .ok_or_else(|| Error::model("model.safetensors.index.json has no object `weight_map`"))?;
+                let mut names: Vec<String> =
+                    map.values().filter_map(|v| v.as_str().map(String::from)).collect();
                 names.sort_unstable();
                 names.dedup();
                 if let Some(name) = names.iter().find(|n| n.contains(['/', '\\'])) {
-                    return Err(Error::model(format!("model.safetensors.index.json names {name:?}, not a plain file")));
+                    return Err(Error::model(format!(
+                        "model.safetensors.index.json names {name:?}, not a plain file"
+                    )));
                 }
                 names
             }
@@ -116,7 +119,8 @@ impl Shards {
         for name in names {
             let missing = || Error::model(format!("{name} is not in the model's folder"));
             let bytes = folder.file(&name)?.ok_or_else(missing)?;
-            let parsed = SafeTensors::deserialize(&bytes).map_err(|e| Error::model(format!("{name}: {e}")))?;
+            let parsed =
+                SafeTensors::deserialize(&bytes).map_err(|e| Error::model(format!("{name}: {e}")))?;
             for (tensor, view) in parsed.iter() {
                 let start = view.data().as_ptr() as usize - bytes.as_ptr() as usize;
                 let range = start..start + view.data().len();
@@ -137,7 +141,9 @@ impl TensorSource for Shards {
             Dtype::F16 => Quant::F16,
             Dtype::BF16 => Quant::BF16,
             other => {
-                return Err(Error::model(format!("tensor {name:?} is {other:?}; F32, F16 and BF16 are supported")));
+                return Err(Error::model(format!(
+                    "tensor {name:?} is {other:?}; F32, F16 and BF16 are supported"
+                )));
             }
         };
         let row_len = shape.last().copied().unwrap_or(1);

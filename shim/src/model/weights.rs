@@ -126,7 +126,9 @@ impl Weights {
             let output = if config.tie_word_embeddings { names.embedding } else { names.output };
             Ok(Weights {
                 embedding: loader.table(names.embedding, vocab, hidden)?,
-                layers: (0..config.num_layers).map(|i| loader.layer(config, names, i)).collect::<Result<_>>()?,
+                layers: (0..config.num_layers)
+                    .map(|i| loader.layer(config, names, i))
+                    .collect::<Result<_>>()?,
                 final_norm: loader.vector(names.final_norm, hidden)?,
                 output: loader.linear(&[(output.to_string(), vocab)], hidden)?,
             })
