@@ -14,6 +14,7 @@ pub(crate) fn int4_v_group(head_dim: usize) -> usize {
 
 /// Keys and values that attention reads.
 #[derive(Clone, Copy, Debug)]
+#[allow(clippy::large_enum_variant)] // borrowed views: boxing would allocate in every layer's run
 pub enum Kv<'a> {
     /// `[total_kv, num_kv_heads, head_dim]`, sequences side by side.
     Ragged {
@@ -36,6 +37,7 @@ pub enum Kv<'a> {
 
 /// Keys and values that an append writes; the shapes are [`Kv`]'s.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // as `Kv`
 pub enum KvMut<'a> {
     /// `[num_pages, num_kv_heads, page_size, head_dim]`.
     Paged {
@@ -275,6 +277,7 @@ pub struct KvCache {
 }
 
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // one per layer of a model
 enum Pages {
     Float {
         k: Tensor,

@@ -19,8 +19,11 @@ use ferroflash::{
 use half::f16;
 use proptest::prelude::*;
 
+/// A scaling, the frequency of each pair, and the factor on cos and sin.
+type RopeCase = (RopeScaling, Box<dyn Fn(usize) -> f64>, f64);
+
 /// Naive frequencies, written from the papers; `rotary_dim` 64, theta 10000.
-fn rope_cases() -> Vec<(RopeScaling, Box<dyn Fn(usize) -> f64>, f64)> {
+fn rope_cases() -> Vec<RopeCase> {
     let plain = |i: usize| 10000f64.powf(-(2.0 * i as f64) / 64.0);
     let long: Vec<f64> = (0..32).map(|i| 1.0 + i as f64).collect();
     let divisors = long.clone();
@@ -159,7 +162,7 @@ struct Int4Memory {
 
 impl Int4Memory {
     fn new(num_pages: usize, heads: usize, page_size: usize, dim: usize, num_tails: usize) -> Self {
-        let v_group = [32, 16, 8].into_iter().find(|g| dim % g == 0).unwrap();
+        let v_group = [32, 16, 8].into_iter().find(|&g| dim.is_multiple_of(g)).unwrap();
         let tokens = num_pages * heads * page_size;
         let nan = f16::NAN;
         Int4Memory {

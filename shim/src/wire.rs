@@ -86,7 +86,7 @@ pub fn parse(bytes: &[u8], line: u64) -> std::result::Result<Request, Box<Refuse
         let message = format!("expected a JSON object, got {}", kind(&value));
         return Err(refuse(unknown(), "invalid_json", message));
     };
-    let form = form_of(&object).map_err(|(form, e)| refuse(form, "invalid_request", e.to_string()))?;
+    let form = form_of(&object).map_err(|(form, message)| refuse(form, "invalid_request", message))?;
     let body = match &form {
         Form::Short { .. } => Some(&object),
         _ => object.get("body").and_then(Value::as_object),
@@ -118,7 +118,7 @@ fn wrong(field: &str, expected: &str, got: &Value) -> String {
     format!("field `{field}`: expected {expected}, got {got}")
 }
 
-fn form_of(object: &Map<String, Value>) -> std::result::Result<Form, (Form, Error)> {
+fn form_of(object: &Map<String, Value>) -> std::result::Result<Form, (Form, String)> {
     let is_batch = ["custom_id", "method", "url", "body"].iter().any(|key| object.contains_key(*key));
     let has_prompt = object.contains_key("prompt") || object.contains_key("messages");
     if !is_batch || has_prompt && !object.contains_key("body") {
@@ -126,18 +126,17 @@ fn form_of(object: &Map<String, Value>) -> std::result::Result<Form, (Form, Erro
         return match id {
             Value::Null | Value::String(_) | Value::Number(_) => Ok(Form::Short { id }),
             other => {
-                let error = Error::request(wrong("id", "a string or a number", &other));
-                Err((Form::Short { id: Value::Null }, error))
+                Err((Form::Short { id: Value::Null }, wrong("id", "a string or a number", &other)))
             }
         };
     }
     let custom_id = object.get("custom_id").cloned().unwrap_or(Value::Null);
     let null = Form::Completion { custom_id: Value::Null };
     if !custom_id.is_string() {
-        return Err((null, Error::request(wrong("custom_id", "a string", &custom_id))));
+        return Err((null, wrong("custom_id", "a string", &custom_id)));
     }
     let fail = |field, expected, got: &Value| {
-        Err((Form::Completion { custom_id: custom_id.clone() }, Error::request(wrong(field, expected, got))))
+        Err((Form::Completion { custom_id: custom_id.clone() }, wrong(field, expected, got)))
     };
     match object.get("method").unwrap_or(&Value::Null) {
         Value::Null => {}

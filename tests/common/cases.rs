@@ -236,7 +236,7 @@ impl Tables {
                 for (head, tokens) in by_head.iter().enumerate() {
                     for (t, row) in tokens.iter().enumerate() {
                         let start = kv_indptr[s] as usize;
-                        let at = if page_size == 0 {
+                        let at = if matches!(case.place, Place::Ragged) {
                             (start + t) * heads + head
                         } else {
                             let (page, offset) = (pages[start + t / page_size] as usize, t % page_size);
