@@ -3,6 +3,7 @@
 
 mod backend;
 mod cpu;
+mod host;
 
 use std::fmt;
 use std::sync::Arc;
@@ -90,50 +91,32 @@ impl fmt::Debug for Device {
 
 /// A tensor's memory.
 pub(crate) enum Storage {
-    /// Host memory: `bytes` bytes from `start` on.
-    Host { chunks: Vec<Chunk>, start: usize, bytes: usize },
+    /// Host memory.
+    Host(host::Memory),
 }
 
-/// What the system's allocator aligns to by itself; of chunks it gives large memory zeroed and
-/// untouched, which it does not for a larger alignment.
-pub(crate) type Chunk = [u64; 2];
-
-/// A cache line.
-const LINE: usize = 64;
-
 impl Storage {
-    /// Zeroed host memory aligned to a cache line; `None` where there is not enough.
-    fn host(bytes: usize) -> Option<Self> {
-        let chunks: Vec<Chunk> =
-            bytemuck::try_zeroed_vec(bytes.checked_add(LINE)?.div_ceil(size_of::<Chunk>())).ok()?;
-        // Behind the start of a line by this much; the line more that was asked for has room for the rest.
-        let start = (LINE - chunks.as_ptr() as usize % LINE) % LINE;
-        Some(Storage::Host { chunks, start, bytes })
-    }
-
     pub(crate) fn bytes(&self) -> Option<&[u8]> {
         match self {
-            Storage::Host { chunks, start, bytes } => Some(&bytemuck::cast_slice(chunks)[*start..][..*bytes]),
+            Storage::Host(memory) => Some(memory.bytes()),
         }
     }
 
     pub(crate) fn bytes_mut(&mut self) -> Option<&mut [u8]> {
         match self {
-            Storage::Host { chunks, start, bytes } => {
-                Some(&mut bytemuck::cast_slice_mut(chunks)[*start..][..*bytes])
-            }
+            Storage::Host(memory) => Some(memory.bytes_mut()),
         }
     }
 
     pub(crate) fn ptr(&self) -> *const u8 {
         match self {
-            Storage::Host { chunks, start, .. } => chunks.as_ptr().cast::<u8>().wrapping_add(*start),
+            Storage::Host(memory) => memory.bytes().as_ptr(),
         }
     }
 
     pub(crate) fn ptr_mut(&mut self) -> *mut u8 {
         match self {
-            Storage::Host { chunks, start, .. } => chunks.as_mut_ptr().cast::<u8>().wrapping_add(*start),
+            Storage::Host(memory) => memory.bytes_mut().as_mut_ptr(),
         }
     }
 }

@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rayon::prelude::*;
 
 use super::backend::*;
+use super::host::Memory;
 use super::{DeviceId, Storage};
 use crate::error::{Error, Result};
 pub(crate) use attend::partial_stride;
@@ -118,7 +119,8 @@ impl Backend for Cpu {
     }
 
     fn alloc(&self, bytes: usize) -> Result<Storage> {
-        Storage::host(bytes).ok_or_else(|| Error::OutOfMemory { device: "cpu".into(), bytes: bytes as u128 })
+        let memory = Memory::zeroed(bytes);
+        memory.map(Storage::Host).ok_or_else(|| Error::OutOfMemory { device: "cpu".into(), bytes: bytes as u128 })
     }
 
     fn upload(&self, from: &[u8], to: &mut Storage) -> Result<()> {
