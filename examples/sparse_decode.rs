@@ -49,7 +49,12 @@ fn main() -> ferroflash::Result<()> {
     let q = Tensor::from_slice(&device, &q, &[1, 8, dim])?;
     let batch = Batch::new(&[0, 1], table);
     let mut dense = Tensor::zeros(&device, DType::F32, &[1, 8, dim])?;
-    decode::plan(&device, &spec, &batch, Splits::Auto)?.run(q.view(), cache.view(), dense.view_mut(), None)?;
+    decode::plan(&device, &spec, &batch, Splits::Auto)?.run(
+        q.view(),
+        cache.view(),
+        dense.view_mut(),
+        None,
+    )?;
 
     let mut sparse = Tensor::zeros(&device, DType::F32, &[1, 8, dim])?;
     let mut plan = SparsePlan::new(&device, &spec, &batch, PageBudget::new(64), Splits::Auto)?;
@@ -61,6 +66,9 @@ fn main() -> ferroflash::Result<()> {
     let (dense, sparse) = (dense.to_vec::<f32>()?, sparse.to_vec::<f32>()?);
     let difference = dense.iter().zip(&sparse).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
     let common = plan.chosen(0, 0).iter().filter(|page| plan.chosen(0, 1).contains(page)).count();
-    println!("64 of {} pages; largest difference {difference:.2e}; {common} pages in common", page_table.len());
+    println!(
+        "64 of {} pages; largest difference {difference:.2e}; {common} pages in common",
+        page_table.len()
+    );
     Ok(())
 }

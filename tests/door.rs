@@ -37,7 +37,10 @@ fn specs() {
     refused(plan(AttentionSpec { softmax_scale: f32::NAN, ..good.clone() }), &["softmax_scale", "NaN"]);
     refused(plan(AttentionSpec { window: Some(0), ..good.clone() }), &["window"]);
     refused(plan(AttentionSpec { soft_cap: Some(-1.0), ..good.clone() }), &["soft_cap", "-1"]);
-    refused(plan(AttentionSpec { alibi_slopes: Some(vec![1.0]), ..good.clone() }), &["alibi_slopes", "4", "1"]);
+    refused(
+        plan(AttentionSpec { alibi_slopes: Some(vec![1.0]), ..good.clone() }),
+        &["alibi_slopes", "4", "1"],
+    );
     let sink_logits = Some(vec![0.0, 0.0, f32::INFINITY, 0.0]);
     refused(plan(AttentionSpec { sink_logits, ..good }), &["sink_logits", "inf"]);
 }
@@ -61,8 +64,12 @@ fn batches() {
     refused(plan(&[0, 1], csr(16, &[0, 3], &[0], &[1])), &["kv_indices", "3", "1"]);
     refused(plan(&[0, 1], csr(16, &[0, 1], &[0], &[17])), &["last_page_len", "16", "17"]);
     refused(plan(&[0, 1], csr(16, &[0, 1], &[0], &[0])), &["last_page_len"]);
-    let block =
-        |block_table, max_blocks, seq_lens| KvTable::Block { page_size: 16, block_table, max_blocks, seq_lens };
+    let block = |block_table, max_blocks, seq_lens| KvTable::Block {
+        page_size: 16,
+        block_table,
+        max_blocks,
+        seq_lens,
+    };
     refused(plan(&[0, 1], block(&[0, 1], 2, &[33])), &["seq_lens", "2 * 16", "33"]);
     refused(plan(&[0, 1], block(&[0], 2, &[1])), &["block_table", "2", "1"]);
     let fixed = AttentionPlan::new(&device, &spec, &Batch::new(&[0, 1], RAGGED), Splits::Fixed(0));
@@ -128,8 +135,9 @@ fn appends() {
     let device = Device::cpu();
     let spec = AttentionSpec::new(4, 2, 64);
     let rope = RopeSpec::new(64, 10000.0);
-    let from =
-        |slots: &[i64], positions: &[u32]| AppendPlan::from_slots(&device, &spec, Some(&rope), 4, slots, positions);
+    let from = |slots: &[i64], positions: &[u32]| {
+        AppendPlan::from_slots(&device, &spec, Some(&rope), 4, slots, positions)
+    };
     refused(from(&[0, 1], &[0]), &["append_kv", "positions", "2", "1"]);
     refused(from(&[3, -1, 3], &[0, 1, 2]), &["slot 3 twice"]);
     let wide = RopeSpec::new(128, 10000.0);
@@ -157,7 +165,8 @@ fn appends() {
     let plan = from(&[8], &[0]).unwrap();
     let k = Tensor::zeros(&device, DType::F32, &[1, 2, 64]).unwrap();
     let cache = |format, num_pages, page_size| {
-        let spec = KvCacheSpec { num_pages, page_size, num_kv_heads: 2, head_dim: 64, format, summaries: false };
+        let spec =
+            KvCacheSpec { num_pages, page_size, num_kv_heads: 2, head_dim: 64, format, summaries: false };
         KvCache::new(&device, spec)
     };
     let float = KvFormat::Float(DType::F32);
@@ -196,7 +205,10 @@ fn the_rest() {
     refused(norm, &["eps", "-1"]);
     refused(layer::silu_mul(&device, view(&[3, 4]), view_mut(&[3, 4])), &["gate_up", "[3, 8]"]);
     let ids = [0, 3];
-    refused(layer::embedding(&device, view(&[3, 4]), &ids, view_mut(&[2, 6]).narrow(1, 0, 4).unwrap()), &["ids[1]", "3"]);
+    refused(
+        layer::embedding(&device, view(&[3, 4]), &ids, view_mut(&[2, 6]).narrow(1, 0, 4).unwrap()),
+        &["ids[1]", "3"],
+    );
     let merged = merge::merge(&device, &[], view_mut(&[1, 3, 4]), NaturalLog(view_mut(&[4, 3])));
     refused(merged, &["merge", "states"]);
     let mut ids = [0; 3];
@@ -211,7 +223,8 @@ fn the_rest() {
     }
 
     let spec = AttentionSpec::new(4, 2, 64);
-    let table = KvTable::Csr { page_size: 4, kv_indptr: &[0, 3], kv_indices: &[0, 1, 2], last_page_len: &[2] };
+    let table =
+        KvTable::Csr { page_size: 4, kv_indptr: &[0, 3], kv_indices: &[0, 1, 2], last_page_len: &[2] };
     let sparse = |spec: &AttentionSpec, q_len: u32, kv, budget| {
         SparsePlan::new(&device, spec, &Batch::new(&[0, q_len], kv), budget, Splits::Auto)
     };

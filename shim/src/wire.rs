@@ -125,9 +125,7 @@ fn form_of(object: &Map<String, Value>) -> std::result::Result<Form, (Form, Stri
         let id = object.get("id").cloned().unwrap_or(Value::Null);
         return match id {
             Value::Null | Value::String(_) | Value::Number(_) => Ok(Form::Short { id }),
-            other => {
-                Err((Form::Short { id: Value::Null }, wrong("id", "a string or a number", &other)))
-            }
+            other => Err((Form::Short { id: Value::Null }, wrong("id", "a string or a number", &other))),
         };
     }
     let custom_id = object.get("custom_id").cloned().unwrap_or(Value::Null);

@@ -120,7 +120,9 @@ impl Backend for Cpu {
 
     fn alloc(&self, bytes: usize) -> Result<Storage> {
         let memory = Memory::zeroed(bytes);
-        memory.map(Storage::Host).ok_or_else(|| Error::OutOfMemory { device: "cpu".into(), bytes: bytes as u128 })
+        memory
+            .map(Storage::Host)
+            .ok_or_else(|| Error::OutOfMemory { device: "cpu".into(), bytes: bytes as u128 })
     }
 
     fn upload(&self, from: &[u8], to: &mut Storage) -> Result<()> {
