@@ -4,6 +4,7 @@
 pub mod device;
 mod error;
 mod kv_cache;
+mod layout;
 pub mod op;
 mod plan;
 mod spec;
@@ -12,6 +13,7 @@ mod tensor;
 pub use device::{CpuOptions, Device, DeviceId, SimdLevel};
 pub use error::{Error, Result};
 pub use kv_cache::{INT4_GROUP, Int4Pages, Int4PagesMut, Kv, KvCache, KvCacheSpec, KvFormat, KvMut};
+pub use layout::{Dims, MAX_RANK};
 pub use plan::{Batch, KvTable, Plan, Splits, TreeMask};
 pub use spec::{AttentionSpec, RopeScaling, RopeSpec, RopeStyle};
-pub use tensor::{DType, Dims, Element, MAX_RANK, NaturalLog, Tensor, View, ViewMut};
+pub use tensor::{DType, Element, NaturalLog, Tensor, View, ViewMut};

@@ -52,8 +52,7 @@ impl Int4Rows {
         to: *mut f32,
     ) {
         if in_tail(seq, token) {
-            let row = self.k_tail.at(seq.tail_slot as usize, head, token % INT4_GROUP);
-            return load_row::<S, f16>(row.cast(), to, self.head_dim);
+            return self.load_tail::<S>(&self.k_tail, seq, head, token, to);
         }
         self.unpack_k::<S>(page, head, offset, to);
     }
@@ -72,10 +71,22 @@ impl Int4Rows {
         to: *mut f32,
     ) {
         if in_tail(seq, token) {
-            let row = self.v_tail.at(seq.tail_slot as usize, head, token % INT4_GROUP);
-            return load_row::<S, f16>(row.cast(), to, self.head_dim);
+            return self.load_tail::<S>(&self.v_tail, seq, head, token, to);
         }
         self.unpack_v::<S>(page, head, offset, to);
+    }
+
+    #[inline(always)]
+    unsafe fn load_tail<S: Simd>(
+        &self,
+        tail: &Rows,
+        seq: &Sequence,
+        head: usize,
+        token: usize,
+        to: *mut f32,
+    ) {
+        let row = tail.at(seq.tail_slot as usize, head, token % INT4_GROUP);
+        load_row::<S, f16>(row.cast(), to, self.head_dim);
     }
 
     #[inline(always)]

@@ -5,7 +5,8 @@ use super::convert::{load_row_as, store_row_as};
 use super::simd::{Simd, Task};
 use super::{Cpu, Shared};
 use crate::device::{EmbeddingCall, MergeCall, RmsNormCall, SiluMulCall};
-use crate::tensor::{Layout, View};
+use crate::layout::Layout;
+use crate::tensor::View;
 
 /// Rows of a tensor: all dimensions but the last, of two or three.
 #[derive(Clone, Copy)]

@@ -12,6 +12,7 @@ mod sampling;
 mod select;
 #[doc(hidden)]
 pub mod simd;
+mod softmax;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
