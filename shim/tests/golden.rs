@@ -48,6 +48,23 @@ fn token_ids_are_exact() {
 }
 
 #[test]
+fn chats_become_the_prompts() {
+    let Some(model) = smollm2() else { return };
+    let user = |text: &str| json!({"role": "user", "content": text});
+    let gravity = json!([user("What is gravity?")]);
+    let multi_turn = json!([
+        user("My name is Bob and I have two cats."),
+        {"role": "assistant", "content": "Nice to meet you, Bob! What are your cats called?"},
+        user("Salt and Pepper. What is my name?"),
+    ]);
+    let cases = lines(include_str!("golden/smollm2.jsonl"));
+    for (id, messages) in [("chat_gravity", gravity), ("chat_multi_turn", multi_turn)] {
+        let case = cases.iter().find(|c| c["id"] == id).unwrap();
+        assert_eq!(model.text.encode_chat(&messages).unwrap(), ids(&case["prompt_ids"]), "{id}");
+    }
+}
+
+#[test]
 fn logits_after_the_prompt_are_the_references() {
     let Some(model) = smollm2() else { return };
     let mut worst = 0f64;
