@@ -214,7 +214,7 @@ impl Attend<'_> {
         let vecs = KV_BLOCK / S::LANES;
         kernel.kv.load_k::<S>(seq, item.kv_head as usize, at, n, scratch.k, scratch.v);
         let (q, s) = (scratch.q.add(first * dim), scratch.s.add(first * KV_BLOCK));
-        let columns = |d| scratch.k.add(d * KV_BLOCK).cast_const();
+        let columns = |d, j| scratch.k.add(d * KV_BLOCK + j).cast_const();
         matmul::<S, f32, false>(m, kernel.head_dim, vecs, q, dim, columns, s, KV_BLOCK);
 
         for i in first..=last {

@@ -165,7 +165,7 @@ impl<'a> KvRows<'a> {
                 let lines = (self.head_dim * dtype.size()).div_ceil(64);
                 // A few query rows read each V once: it is widened on the way into the product.
                 if stride == self.head_dim && m <= S::TILE_ROWS {
-                    let product = Product { rows: &rows, ahead: &ahead, lines, m, n, vecs, p, o, stride };
+                    let product = Product { rows: &rows, ahead: &ahead, m, n, vecs, p, o, stride };
                     return match dtype {
                         DType::F16 => product.run::<S, f16>(),
                         DType::BF16 => product.run::<S, bf16>(),
@@ -199,7 +199,7 @@ impl<'a> KvRows<'a> {
                 *spare.add(i * stride + d) = 0.0;
             }
         }
-        let rows = |i| spare.add(i * stride).cast_const();
+        let rows = |i, j| spare.add(i * stride + j).cast_const();
         matmul::<S, f32, true>(m, n, vecs, p, KV_BLOCK, rows, o, stride);
     }
 }
@@ -208,7 +208,6 @@ impl<'a> KvRows<'a> {
 struct Product<'a> {
     rows: &'a [*const u8; KV_BLOCK],
     ahead: &'a [*const u8; KV_BLOCK],
-    lines: usize,
     m: usize,
     n: usize,
     vecs: usize,
@@ -220,9 +219,11 @@ struct Product<'a> {
 impl Product<'_> {
     #[inline(always)]
     unsafe fn run<S: Simd, T: Float>(self) {
-        let rows = |i: usize| {
-            (0..self.lines).for_each(|line| S::prefetch(self.ahead[i].wrapping_add(64 * line)));
-            self.rows[i].cast::<T>()
+        let width = S::TILE_VECS * S::LANES * size_of::<T>();
+        let rows = |i: usize, j: usize| {
+            let ahead = self.ahead[i].cast::<T>().wrapping_add(j).cast::<u8>();
+            (0..width).step_by(64).for_each(|line| S::prefetch(ahead.wrapping_add(line)));
+            self.rows[i].cast::<T>().add(j)
         };
         matmul::<S, T, true>(self.m, self.n, self.vecs, self.p, KV_BLOCK, rows, self.o, self.stride);
     }

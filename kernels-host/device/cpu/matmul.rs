@@ -4,8 +4,8 @@
 use super::convert::Float;
 use super::simd::Simd;
 
-/// `c[m, n] = a[m, k] * b[k, n]`, added to `c` where `ADD`; `n` is `vecs` vectors of `S`, row `p` of `b`
-/// starts at `b(p)`.
+/// `c[m, n] = a[m, k] * b[k, n]`, added to `c` where `ADD`; `n` is `vecs` vectors of `S`, `b(p, j)`
+/// is where row `p` of `b` has its element `j`.
 ///
 /// Every element of `c` is one chain of FMAs over `k` in order, so a row's bits do not depend on how
 /// many rows there are.
@@ -21,14 +21,14 @@ pub unsafe fn matmul<S: Simd, T: Float, const ADD: bool>(
     vecs: usize,
     a: *const f32,
     lda: usize,
-    b: impl Fn(usize) -> *const T + Copy,
+    b: impl Fn(usize, usize) -> *const T + Copy,
     c: *mut f32,
     ldc: usize,
 ) {
     let mut v = 0;
     while v < vecs {
         let at = v * S::LANES;
-        let b = |p| b(p).add(at);
+        let b = |p, j| b(p, at + j);
         let c = c.add(at);
         let nv = (vecs - v).min(S::TILE_VECS);
         match nv {
@@ -48,7 +48,7 @@ unsafe fn column<S: Simd, T: Float, const ADD: bool, const NV: usize>(
     k: usize,
     a: *const f32,
     lda: usize,
-    b: impl Fn(usize) -> *const T + Copy,
+    b: impl Fn(usize, usize) -> *const T + Copy,
     c: *mut f32,
     ldc: usize,
 ) {
@@ -73,7 +73,7 @@ unsafe fn tile<S: Simd, T: Float, const ADD: bool, const MR: usize, const NV: us
     k: usize,
     a: *const f32,
     lda: usize,
-    b: impl Fn(usize) -> *const T,
+    b: impl Fn(usize, usize) -> *const T,
     c: *mut f32,
     ldc: usize,
 ) {
@@ -86,7 +86,7 @@ unsafe fn tile<S: Simd, T: Float, const ADD: bool, const MR: usize, const NV: us
         }
     }
     for p in 0..k {
-        let from = b(p);
+        let from = b(p, 0);
         let mut row = [S::splat(0.0); NV];
         for j in 0..NV {
             row[j] = T::load::<S>(from.add(j * S::LANES));

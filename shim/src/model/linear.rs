@@ -264,7 +264,7 @@ impl Panel<'_> {
                 );
             }
             let x = x.as_ptr().add(start);
-            let b = |p| widened.add(p * PANEL).cast_const();
+            let b = |p, j| widened.add(p * PANEL + j).cast_const();
             if start == 0 {
                 matmul::<S, f32, false>(rows, len, vecs, x, k, b, sums, PANEL);
             } else {

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Times ferroflash-serve and llama.cpp on the same GGUF file, one after the other.
 
-    python3 benches/peers/llama_cpp.py models/SmolLM2-135M-Instruct.Q4_1.gguf
+    python3 benches/peers/llama.py models/SmolLM2-135M-Instruct.Q4_1.gguf
 
 Needs llama-cpp-python and a release build of ferroflash-serve. Both get the same token ids and all cores;
 llama.cpp runs without flash attention, which is faster here. Best of three each.
