@@ -97,7 +97,8 @@ impl Sequence {
             logprobs: Vec::new(),
             finish: None,
             decoded: prompt_len,
-            context: prompt_len,
+            // A few of the prompt's tokens: decoders treat a text's first token apart.
+            context: prompt_len.saturating_sub(4),
         }
     }
 
@@ -148,7 +149,8 @@ impl Sequence {
         if all.ends_with('\u{fffd}') && !end {
             return;
         }
-        if let Some(new) = all.strip_prefix(&known) {
+        // A character that was not whole yet has become one.
+        if let Some(new) = all.strip_prefix(known.trim_end_matches('\u{fffd}')) {
             self.text.push_str(new);
         }
         self.context = self.decoded;

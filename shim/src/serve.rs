@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::io::{BufRead, Write};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, TrySendError, sync_channel};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use ferroflash::op::sample::{SamplingParams, sample};
@@ -24,6 +24,8 @@ use crate::wire::{self, Form, Prompt, Refused, Request, Stamp};
 const MAX_LINE_BYTES: usize = 16 << 20;
 /// Lines between reader and engine, and between engine and writer.
 const CHANNEL_LINES: usize = 16;
+/// How long a stop waits for the output to take what is written.
+const STOP_GRACE: Duration = Duration::from_secs(2);
 
 /// How the server runs.
 #[derive(Clone, Copy, Debug)]
@@ -96,8 +98,19 @@ pub fn serve(
     std::thread::spawn(move || read(input, &reader_model, &to_engine));
     let writer_stop = Arc::clone(stop);
     let writer = std::thread::spawn(move || write(output, &from_engine, &writer_stop));
-    let engine = Engine::new(model, name, options, to_writer)?;
-    let summary = model.device().scope(move || engine.run(&from_reader, stop, progress));
+    let engine = Engine::new(model, name, options, to_writer, stop)?;
+    let summary = model.device().scope(move || engine.run(&from_reader, progress));
+    if summary.stopped {
+        // Lines on their way get some time; where nobody reads them, the writer is left behind.
+        let start = Instant::now();
+        while !writer.is_finished() && start.elapsed() < STOP_GRACE {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if !writer.is_finished() {
+            tracing::warn!("the output is not being read: some answers were not written");
+            return Ok(summary);
+        }
+    }
     match writer.join() {
         Ok(Err(e)) if e.kind() != std::io::ErrorKind::BrokenPipe => {
             Err(Error::Request(format!("writing the output: {e}")))
@@ -206,11 +219,18 @@ struct Engine<'a> {
     buffers: Buffers,
     pending: HashMap<u64, Pending>,
     to_writer: SyncSender<String>,
+    stop: &'a AtomicBool,
     summary: Summary,
 }
 
 impl<'a> Engine<'a> {
-    fn new(model: &'a Model, name: &'a str, options: Options, to_writer: SyncSender<String>) -> Result<Self> {
+    fn new(
+        model: &'a Model,
+        name: &'a str,
+        options: Options,
+        to_writer: SyncSender<String>,
+        stop: &'a AtomicBool,
+    ) -> Result<Self> {
         let Options { max_sequences, max_step_tokens, page_size, num_pages, kv_format, .. } = options;
         if max_sequences == 0 || max_step_tokens < max_sequences || num_pages == 0 {
             return Err(Error::request(format!(
@@ -236,18 +256,14 @@ impl<'a> Engine<'a> {
             buffers: Buffers::new(model, max_step_tokens, max_sequences)?,
             pending: HashMap::new(),
             to_writer,
+            stop,
             summary: Summary::default(),
         })
     }
 
-    fn run(
-        mut self,
-        from_reader: &Receiver<Incoming>,
-        stop: &AtomicBool,
-        mut progress: impl FnMut(&Summary),
-    ) -> Summary {
+    fn run(mut self, from_reader: &Receiver<Incoming>, mut progress: impl FnMut(&Summary)) -> Summary {
         let mut open = true;
-        while !stop.load(Ordering::Relaxed) {
+        while !self.stop.load(Ordering::Relaxed) {
             while open && self.scheduler.num_waiting() < self.options.max_sequences {
                 match from_reader.try_recv() {
                     Ok(incoming) => self.take(incoming),
@@ -269,15 +285,24 @@ impl<'a> Engine<'a> {
             }
             progress(&self.summary);
         }
-        self.summary.stopped = stop.load(Ordering::Relaxed);
+        self.summary.stopped = self.stop.load(Ordering::Relaxed);
         self.summary.preemptions = self.scheduler.preemptions();
         self.summary
     }
 
-    fn send(&mut self, line: String) {
-        self.summary.answered += 1;
-        // Where the writer has gone, it has set `stop`.
-        let _ = self.to_writer.send(line);
+    /// Waits while the output is slow, unless the run is to stop.
+    fn send(&mut self, mut line: String) {
+        while !self.stop.load(Ordering::Relaxed) {
+            match self.to_writer.try_send(line) {
+                Ok(()) => {
+                    self.summary.answered += 1;
+                    return;
+                }
+                Err(TrySendError::Full(back)) => line = back,
+                Err(TrySendError::Disconnected(_)) => return,
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     fn refuse(&mut self, refused: &Refused, line: u64) {

@@ -5,11 +5,13 @@ mod common;
 
 use std::path::{Path, PathBuf};
 
+use ferroflash::op::sample::SamplingParams;
 use ferroflash::{DType, Device, KvCacheSpec, KvFormat};
 use ferroflash_serve::Model;
 use ferroflash_serve::model::forward::{Buffers, Caches, Step};
 use ferroflash_serve::model::linear::Matrix;
 use ferroflash_serve::model::quant::{Quant, RowReader};
+use ferroflash_serve::sequence::{Finish, Generation, Sequence};
 use serde_json::Value;
 
 fn fixture(name: &str) -> PathBuf {
@@ -113,6 +115,33 @@ fn sentencepiece_gguf_has_its_ids_text_and_logits() {
         assert_eq!(model.text.decode(&ids), text);
     }
     check_logits(&model, &expected);
+}
+
+/// Drawn tokens, one by one, give the rest of a text whose beginning was the prompt.
+fn check_text_of_tokens(model: &Model, text: &str) {
+    let ids = model.text.encode(text).unwrap();
+    for prompt_len in 1..ids.len() {
+        let prompt = model.text.decode(&ids[..prompt_len]);
+        let Some(rest) = text.strip_prefix(&prompt) else { continue };
+        let generation = Generation {
+            max_tokens: ids.len() - prompt_len,
+            sampling: SamplingParams::default(),
+            stop: Vec::new(),
+            ignore_eos: true,
+            logprobs: None,
+        };
+        let mut sequence = Sequence::new(0, 0, ids[..prompt_len].to_vec(), generation);
+        ids[prompt_len..].iter().for_each(|&id| sequence.accept(id, None, &[], &model.text));
+        assert_eq!(sequence.text, rest, "after {prompt:?}");
+        assert_eq!(sequence.finish, Some(Finish::Length));
+    }
+}
+
+#[test]
+fn text_comes_whole_token_by_token() {
+    let text = "The word of  the lazy dog: naïve 😀 步 end";
+    check_text_of_tokens(&load(&fixture("spm.gguf")).unwrap(), text);
+    check_text_of_tokens(&load(Path::new("tiny")).unwrap(), text);
 }
 
 /// A copy of a fixture's file in a folder of the test's own.

@@ -295,6 +295,17 @@ fn a_closed_output_stops_the_server() {
 }
 
 #[test]
+fn a_signal_stops_the_server_whose_output_nobody_reads() {
+    let mut child = spawn();
+    let feeder = feed(&mut child);
+    // Until pipes and channels are full.
+    std::thread::sleep(Duration::from_millis(1500));
+    assert!(Command::new("kill").args(["-s", "TERM", &child.id().to_string()]).status().unwrap().success());
+    assert_eq!(ended(&mut child).code(), Some(143));
+    feeder.join().unwrap();
+}
+
+#[test]
 fn answers_come_while_the_input_is_open_and_memory_is_bounded() {
     let mut child = spawn();
     let mut stdin = child.stdin.take().unwrap();

@@ -2,7 +2,7 @@
 """Train the model that `ferroflash-serve` carries: a 0.9 M parameter Llama on the King James Version.
 
 The text is in the public domain; Debian ships it in the packages `bible-kjv` and `bible-kjv-text`.
-`train.sh` next to this file installs what is needed and runs this script; about half an hour on one core. The schedule is fixed and the seeds
+`train.sh` next to this file installs what is needed and runs this script; about a quarter of an hour on one core. The schedule is fixed and the seeds
 are set: the same torch on the same kind of CPU gives the same weights, another one gives close relatives.
 The output is an ordinary Hugging Face folder: config.json, model.safetensors (bf16), tokenizer.json.
 """
@@ -145,7 +145,7 @@ def main() -> None:
     args = argparse.ArgumentParser(description=__doc__)
     args.add_argument("--out", type=Path, default=Path(__file__).parent / "model")
     args.add_argument("--threads", type=int, default=1)
-    args.add_argument("--steps", type=int, default=3500)
+    args.add_argument("--steps", type=int, default=2000)
     args = args.parse_args()
     torch.manual_seed(1611)
     torch.set_num_threads(args.threads)
