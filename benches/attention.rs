@@ -1,7 +1,8 @@
 //! Attention on this machine's CPU: `cargo bench --bench attention`.
 //!
-//! Prefill counts the lower half of the matrix (two products, causal), decode the bytes of K and V read
-//! once. `benches/peers/torch_cpu.py` times torch on the same shapes and prints the ratios.
+//! Prefill counts the lower half of the matrix (two products, causal): its `Gelem/s` are GFLOP/s. Decode
+//! counts the bytes of K and V, read once, in GB/s. `benches/peers/torch_cpu.py` times torch on the same
+//! shapes and prints the ratios.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use ferroflash::op::attention::AttentionPlan;
@@ -9,7 +10,7 @@ use ferroflash::op::{decode, prefill};
 use ferroflash::{AttentionSpec, Batch, DType, Device, Kv, KvTable, Splits, Tensor};
 use half::{bf16, f16};
 
-/// Numbers that are neither constant nor sorted; a power of two would flatter the cache.
+/// Numbers that are neither constant nor sorted.
 fn tensor(device: &Device, dtype: DType, shape: &[usize]) -> Tensor {
     let n: usize = shape.iter().product();
     let mut state = 1u64;
@@ -69,7 +70,7 @@ fn decode_bench(c: &mut Criterion) {
             let spec = AttentionSpec::new(heads, kv_heads, dim).causal();
             let qo_indptr: Vec<u32> = (0..=batch_size as u32).collect();
             let bytes = 2 * batch_size * len * kv_heads * dim * dtype.size();
-            group.throughput(Throughput::Bytes(bytes as u64));
+            group.throughput(Throughput::BytesDecimal(bytes as u64));
             let shape = [pages, kv_heads, page_size, dim];
             let (k, v) = (tensor(&device, dtype, &shape), tensor(&device, dtype, &shape));
             let name = format!("{len}x{batch_size}");
@@ -115,7 +116,7 @@ fn read_bench(c: &mut Criterion) {
     let data = vec![1u64; 32 << 20];
     let mut group = c.benchmark_group("memory");
     group.sample_size(10);
-    group.throughput(Throughput::Bytes(256 << 20));
+    group.throughput(Throughput::BytesDecimal(256 << 20));
     group.bench_function("read", |b| {
         b.iter(|| {
             data.par_chunks(1 << 16).map(|c| c.iter().fold(0u64, |a, x| a.wrapping_add(*x))).sum::<u64>()

@@ -229,7 +229,7 @@ fn damaged_folders_are_refused_by_name() {
         ("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 99999999999", "num_hidden_layers"),
         ("\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3", "multiple"),
         ("\"head_dim\": 8", "\"head_dim\": 12", "head_dim"),
-        ("\"vocab_size\": 48", "\"vocab_size\": 40", "tokenizer"),
+        ("\"vocab_size\": 48", "\"vocab_size\": 40", "expected shape"),
         ("{", "", "config.json"),
     ] {
         assert!(config.contains(from), "{from}");

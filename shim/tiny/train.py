@@ -2,8 +2,9 @@
 """Train the model that `ferroflash-serve` carries: a 0.9 M parameter Llama on the King James Version.
 
 The text is in the public domain; Debian ships it in the packages `bible-kjv` and `bible-kjv-text`.
-`train.sh` next to this file installs what is needed and runs this script; about a quarter of an hour on one core. The schedule is fixed and the seeds
-are set: the same torch on the same kind of CPU gives the same weights, another one gives close relatives.
+`train.sh` next to this file installs what is needed and runs this script; about a quarter of an hour on
+one core. The schedule is fixed and the seeds are set: the same torch on the same kind of CPU gives the same
+weights, another one gives close relatives.
 The output is an ordinary Hugging Face folder: config.json, model.safetensors (bf16), tokenizer.json.
 """
 

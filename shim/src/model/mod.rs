@@ -72,11 +72,8 @@ impl Model {
         load: impl FnOnce(&Config) -> Result<Weights>,
     ) -> Result<Self> {
         if text.vocab_size() > config.vocab_size {
-            return Err(Error::model(format!(
-                "the tokenizer has {} tokens, the model {}",
-                text.vocab_size(),
-                config.vocab_size
-            )));
+            // Some fine-tunes add a padding token that the model never learnt; prompts are checked anyway.
+            tracing::warn!("the tokenizer has {} tokens, the model {}", text.vocab_size(), config.vocab_size);
         }
         let weights = load(&config)?;
         Ok(Model { config, text, weights, device: device.clone() })
