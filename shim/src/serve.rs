@@ -95,7 +95,7 @@ pub fn serve(
     let (to_writer, from_engine) = sync_channel(CHANNEL_LINES);
     let reader_model = Arc::clone(model);
     // Not joined: it may wait for input that never comes.
-    std::thread::spawn(move || read(input, &reader_model, &to_engine));
+    std::thread::spawn(move || read(input, &reader_model, options.max_context, &to_engine));
     let writer_stop = Arc::clone(stop);
     let writer = std::thread::spawn(move || write(output, &from_engine, &writer_stop));
     let engine = Engine::new(model, name, options, to_writer, stop)?;
@@ -119,14 +119,16 @@ pub fn serve(
     }
 }
 
-fn read(mut input: impl BufRead, model: &Model, to_engine: &SyncSender<Incoming>) {
+fn read(mut input: impl BufRead, model: &Model, max_context: usize, to_engine: &SyncSender<Incoming>) {
     let mut line = 0;
     let mut bytes = Vec::new();
     loop {
         bytes.clear();
         let parsed = match read_line(&mut input, &mut bytes) {
             Ok(None) => return,
-            Ok(Some(true)) => wire::parse(&bytes, line + 1).and_then(|request| tokenize(request, model)),
+            Ok(Some(true)) => {
+                wire::parse(&bytes, line + 1).and_then(|request| tokenize(request, model, max_context))
+            }
             Ok(Some(false)) => Err(refused(
                 Form::Short { id: serde_json::Value::Null },
                 "line_too_long",
@@ -174,7 +176,25 @@ fn refused(form: Form, code: &'static str, message: String) -> Box<Refused> {
     Box::new(Refused { form, code, message })
 }
 
-fn tokenize(request: Request, model: &Model) -> std::result::Result<(Request, Vec<Vec<u32>>), Box<Refused>> {
+fn tokenize(
+    request: Request,
+    model: &Model,
+    max_context: usize,
+) -> std::result::Result<(Request, Vec<Vec<u32>>), Box<Refused>> {
+    // Cutting megabytes into tokens to find that they are too many takes a tokenizer minutes.
+    let max_bytes = model.text.max_bytes(max_context);
+    let bytes = |prompt: &Prompt| match prompt {
+        Prompt::Text(text) => text.len(),
+        Prompt::Messages(messages) => messages
+            .as_array()
+            .map_or(0, |list| list.iter().filter_map(|m| m["content"].as_str()).map(str::len).sum()),
+        Prompt::Tokens(_) => 0,
+    };
+    if let Some(bytes) = request.prompts.iter().map(bytes).find(|&bytes| bytes > max_bytes) {
+        let message =
+            format!("the prompt has {bytes} bytes; no text longer than {max_bytes} fits in the context");
+        return Err(refused(request.form, "context_length_exceeded", message));
+    }
     let tokens = |prompt: &Prompt| -> Result<Vec<u32>> {
         let ids = match prompt {
             Prompt::Text(text) => model.text.encode(text)?,

@@ -30,6 +30,8 @@ pub struct Text {
     /// A token put before completion prompts, where the tokenizer does not do so itself.
     bos: Option<u32>,
     byte_level: bool,
+    /// Bytes of the longest token.
+    longest_token: usize,
     chat: Option<Chat>,
 }
 
@@ -125,12 +127,19 @@ impl Text {
 
     fn new(tokenizer: Tokenizer, bos: Option<u32>, chat: Option<Chat>) -> Result<Self> {
         let byte_level = matches!(tokenizer.get_decoder(), Some(DecoderWrapper::ByteLevel(_)));
-        Ok(Text { tokenizer, bos, byte_level, chat })
+        let longest_token = tokenizer.get_vocab(true).keys().map(String::len).max().unwrap_or(1);
+        Ok(Text { tokenizer, bos, byte_level, longest_token, chat })
     }
 
     /// Tokens of the vocabulary, special ones included.
     pub fn vocab_size(&self) -> usize {
         self.tokenizer.get_vocab_size(true)
+    }
+
+    /// Bytes of text that can at most become `tokens` tokens. Normalisers may shrink text: by no more than
+    /// the factor of 4 that is allowed for here.
+    pub fn max_bytes(&self, tokens: usize) -> usize {
+        tokens.saturating_mul(self.longest_token).saturating_mul(4)
     }
 
     /// Tokens of a completion prompt. Special tokens in the text are parsed as special.

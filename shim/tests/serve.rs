@@ -196,6 +196,18 @@ fn bad_lines_are_answered_each_by_itself() {
 }
 
 #[test]
+fn megabytes_of_prompt_are_refused_untokenised() {
+    for text in [" ".repeat(8 << 20), "\u{65e5}".repeat(2 << 20), "a b".repeat(2 << 20)] {
+        for line in [json!({"prompt": text}), json!({"messages": [{"role": "user", "content": text}]})] {
+            assert_eq!(one(line)["error"]["code"], "context_length_exceeded");
+        }
+    }
+    let (answers, _) = run(&tiny(), options(), &format!("{}\n{{\"prompt\": \"a\"}}", "x".repeat(17 << 20)));
+    assert_eq!(answers[0]["error"]["code"], "line_too_long");
+    assert!(answers[1]["error"].is_null());
+}
+
+#[test]
 fn two_hundred_mixed_lines_give_two_hundred_answers() {
     let lines: Vec<String> = (0..200)
         .map(|i| match i % 8 {
