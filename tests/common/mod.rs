@@ -110,3 +110,10 @@ impl Elements {
         }
     }
 }
+
+/// Every element within `tolerance` of the exact one, relative to the larger of it and 1.
+pub fn close(got: &[f32], exact: &[f64], tolerance: f64) {
+    for (g, e) in got.iter().zip(exact) {
+        assert!((*g as f64 - e).abs() <= tolerance * e.abs().max(1.0), "{g} {e}");
+    }
+}

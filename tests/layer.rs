@@ -1,0 +1,173 @@
+//! What stands around attention: merging, norms, gates, embeddings, sampling, tensors.
+
+mod common;
+
+use common::reference::{Features, attend};
+use common::{Elements, Rng, close, devices};
+use ferroflash::op::sample::{SamplingParams, sample};
+use ferroflash::op::{layer, merge};
+use ferroflash::{DType, Device, NaturalLog, Tensor, View, ViewMut};
+use proptest::prelude::*;
+
+#[test]
+fn merging_shards_gives_the_whole() {
+    let mut rng = Rng(9);
+    let (tokens, heads, dim) = (5, 3, 40);
+    let q = rng.normals(tokens * heads * dim);
+    let keys: Vec<Vec<f32>> = (0..90).map(|_| rng.normals(dim)).collect();
+    let values: Vec<Vec<f32>> = (0..90).map(|_| rng.normals(dim)).collect();
+    let f = Features { scale: 0.3, ..Default::default() };
+    // Shards of the KV; two of them empty, one of those with garbage for O.
+    let cuts = [0, 0, 40, 41, 41, 90];
+    let mut states: Vec<(Vec<f32>, Vec<f32>)> = Vec::new();
+    for shard in cuts.windows(2) {
+        let (mut o, mut lse) = (Vec::new(), Vec::new());
+        for q in q.chunks(dim) {
+            let range = shard[0]..shard[1];
+            let (row, l) = attend::<f64>(q, 0, &keys[range.clone()], &values[range], &f, |_| true);
+            o.extend(row.iter().map(|&x| x as f32));
+            lse.push(l as f32);
+        }
+        states.push((o, lse));
+    }
+    states[3].0.fill(f32::NAN);
+    let whole: Vec<(Vec<f64>, f64)> =
+        q.chunks(dim).map(|q| attend::<f64>(q, 0, &keys, &values, &f, |_| true)).collect();
+    for device in devices() {
+        let shape = [tokens, heads, dim];
+        let views: Vec<_> = states
+            .iter()
+            .map(|(o, lse)| {
+                let lse = NaturalLog(View::from_slice(lse, &shape[..2]).unwrap());
+                (View::from_slice(o, &shape).unwrap(), lse)
+            })
+            .collect();
+        let run = |views: &[_]| {
+            let (mut out, mut lse) = (vec![f32::NAN; q.len()], vec![f32::NAN; tokens * heads]);
+            let lse_view = NaturalLog(ViewMut::from_slice(&mut lse, &shape[..2]).unwrap());
+            merge::merge(&device, views, ViewMut::from_slice(&mut out, &shape).unwrap(), lse_view).unwrap();
+            (out, lse)
+        };
+        let (out, lse) = run(&views);
+        for (row, (o, l)) in whole.iter().enumerate() {
+            close(&out[row * dim..][..dim], o, 2e-6);
+            close(&lse[row..][..1], &[*l], 2e-6);
+        }
+        let (out, lse) = run(&[views[0], views[3]]);
+        assert!(out.iter().all(|&x| x == 0.0) && lse.iter().all(|&x| x == f32::NEG_INFINITY));
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn layer_operations(rows in 0usize..40, dim in prop_oneof![1usize..40, 500usize..600], seed: u64) {
+        let mut rng = Rng(seed);
+        let x = rng.normals(rows * dim);
+        let residual = rng.normals(rows * dim);
+        let weight = rng.normals(dim);
+        let gate_up: Vec<f32> = rng.normals(rows * 2 * dim).iter().map(|x| x * 20.0).collect();
+        let shape = [rows, dim];
+        for device in devices() {
+            let mut sum = residual.clone();
+            let mut out = vec![f32::NAN; rows * dim];
+            layer::rms_norm(
+                &device,
+                View::from_slice(&x, &shape).unwrap(),
+                Some(ViewMut::from_slice(&mut sum, &shape).unwrap()),
+                View::from_slice(&weight, &[dim]).unwrap(),
+                1e-5,
+                ViewMut::from_slice(&mut out, &shape).unwrap(),
+            ).unwrap();
+            let mut in_place = sum.clone();
+            let view = ViewMut::from_slice(&mut in_place, &shape).unwrap();
+            layer::rms_norm_in_place(&device, view, None, View::from_slice(&weight, &[dim]).unwrap(), 1e-5).unwrap();
+            prop_assert_eq!(&in_place, &out);
+            for r in 0..rows {
+                let row: Vec<f64> = (0..dim).map(|d| (x[r * dim + d] + residual[r * dim + d]) as f64).collect();
+                let mean = row.iter().map(|x| x * x).sum::<f64>() / dim as f64;
+                let exact: Vec<f64> =
+                    row.iter().zip(&weight).map(|(x, w)| x / (mean + 1e-5).sqrt() * *w as f64).collect();
+                close(&out[r * dim..][..dim], &exact, 4e-6);
+            }
+            let mut out = vec![f32::NAN; rows * dim];
+            layer::silu_mul(
+                &device,
+                View::from_slice(&gate_up, &[rows, 2 * dim]).unwrap(),
+                ViewMut::from_slice(&mut out, &shape).unwrap(),
+            ).unwrap();
+            for r in 0..rows {
+                let exact: Vec<f64> = (0..dim).map(|d| {
+                    let (g, u) = (gate_up[r * 2 * dim + d] as f64, gate_up[(r * 2 + 1) * dim + d] as f64);
+                    g / (1.0 + (-g).exp()) * u
+                }).collect();
+                close(&out[r * dim..][..dim], &exact, 2e-6);
+            }
+        }
+    }
+}
+
+#[test]
+fn embedding_copies_rows() {
+    let mut rng = Rng(2);
+    let table = rng.normals(10 * 7);
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let table = Elements::new(dtype, &table);
+        let ids = [3, 9, 0, 3];
+        for device in devices() {
+            let mut out = vec![f32::NAN; 4 * 7];
+            let view = ViewMut::from_slice(&mut out, &[4, 7]).unwrap();
+            layer::embedding(&device, table.view(&[10, 7]), &ids, view).unwrap();
+            for (row, &id) in out.chunks(7).zip(&ids) {
+                assert_eq!(row, &table.to_f32()[id as usize * 7..][..7]);
+            }
+        }
+    }
+}
+
+#[test]
+fn sampling_follows_the_distribution_and_the_seed() {
+    let device = Device::cpu();
+    // Probabilities 0.5, 0.25, 0.125, 0.125 at temperature 1; a NaN that must never come.
+    let logits = [0.5f32.ln(), f32::NAN, 0.25f32.ln(), 0.125f32.ln(), 0.125f32.ln()];
+    let n = 4000;
+    let draw = |params: SamplingParams| {
+        let rows = logits.repeat(n);
+        let all: Vec<SamplingParams> =
+            (0..n).map(|step| SamplingParams { step: step as u64, ..params }).collect();
+        let mut ids = vec![0; n];
+        sample(&device, View::from_slice(&rows, &[n, 5]).unwrap(), &all, &mut ids).unwrap();
+        ids
+    };
+    let share = |ids: &[u32], id: u32| ids.iter().filter(|&&i| i == id).count() as f64 / n as f64;
+    let hot = SamplingParams { temperature: 1.0, seed: 42, ..Default::default() };
+    let ids = draw(hot);
+    for (id, p) in [(0, 0.5), (1, 0.0), (2, 0.25), (3, 0.125), (4, 0.125)] {
+        assert!((share(&ids, id) - p).abs() < 0.03, "token {id}: {}", share(&ids, id));
+    }
+    assert_eq!(ids, draw(hot));
+    assert_ne!(ids, draw(SamplingParams { seed: 43, ..hot }));
+    let only = |ids: Vec<u32>, allowed: &[u32]| {
+        let mut seen = ids;
+        seen.sort_unstable();
+        seen.dedup();
+        assert_eq!(seen, allowed);
+    };
+    only(draw(SamplingParams::default()), &[0]);
+    only(draw(SamplingParams { top_k: 2, ..hot }), &[0, 2]);
+    only(draw(SamplingParams { top_p: 0.7, ..hot }), &[0, 2]);
+    only(draw(SamplingParams { top_p: 0.76, ..hot }), &[0, 2, 3]);
+    only(draw(SamplingParams { min_p: 0.3, ..hot }), &[0, 2]);
+    only(draw(SamplingParams { min_p: 1.0, ..hot }), &[0]);
+    assert!(share(&draw(SamplingParams { temperature: 0.5, ..hot }), 0) > 0.68);
+}
+
+#[test]
+fn tensors_keep_their_elements() {
+    let device = Device::auto();
+    let tensor = Tensor::from_slice(&device, &[1.0f32, 2.0, 3.0, 4.0, 5.0, 6.0], &[2, 3]).unwrap();
+    assert_eq!(tensor.to_vec::<f32>().unwrap(), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    let turned = tensor.view().permute(&[1, 0]).unwrap();
+    assert_eq!((turned.shape(), turned.strides()), (&[3, 2][..], &[1, 3][..]));
+}
