@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use clap::{Parser, ValueEnum};
-use ferroflash::{CpuOptions, DType, Device, KvCacheSpec, KvFormat};
+use ferroflash::{CpuOptions, DType, Device, INT4_GROUP, KvCacheSpec, KvFormat};
 use ferroflash_serve::error::Error;
 use ferroflash_serve::model::Model;
 use ferroflash_serve::serve::{Options, Summary, serve};
@@ -34,9 +34,9 @@ struct Args {
     /// Tokens of a step; longer prompts are computed in chunks
     #[arg(long, default_value_t = 512)]
     chunk_size: usize,
-    /// Tokens of a KV page
-    #[arg(long, default_value_t = 16)]
-    page_size: usize,
+    /// Tokens of a KV page [default: 16; 32 for int4, which takes multiples of it]
+    #[arg(long)]
+    page_size: Option<usize>,
     /// KV pages [default: as many as the batch can use, within 1 GiB]
     #[arg(long)]
     num_pages: Option<usize>,
@@ -164,9 +164,13 @@ fn options(args: &Args, model: &Model) -> Options {
         KvDtype::Bf16 => KvFormat::Float(DType::BF16),
         KvDtype::Int4 => KvFormat::Int4 { num_tails: args.max_batch },
     };
+    let page_size = args.page_size.unwrap_or(match args.kv_dtype {
+        KvDtype::Int4 => INT4_GROUP,
+        _ => 16,
+    });
     let page_bytes = KvCacheSpec {
         num_pages: 1,
-        page_size: args.page_size,
+        page_size,
         num_kv_heads: config.num_kv_heads,
         head_dim: config.head_dim,
         format: kv_format,
@@ -174,12 +178,12 @@ fn options(args: &Args, model: &Model) -> Options {
     }
     .page_bytes()
     .max(1);
-    let useful = max_context.div_ceil(args.page_size.max(1)).saturating_mul(args.max_batch);
+    let useful = max_context.div_ceil(page_size.max(1)).saturating_mul(args.max_batch);
     let affordable = (1 << 30) / (page_bytes * config.num_layers);
     Options {
         max_sequences: args.max_batch,
         max_step_tokens: args.chunk_size.max(args.max_batch),
-        page_size: args.page_size,
+        page_size,
         num_pages: args.num_pages.unwrap_or(useful.min(affordable).max(1)),
         kv_format,
         max_context,

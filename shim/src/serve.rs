@@ -252,10 +252,10 @@ impl<'a> Engine<'a> {
         stop: &'a AtomicBool,
     ) -> Result<Self> {
         let Options { max_sequences, max_step_tokens, page_size, num_pages, kv_format, .. } = options;
-        if max_sequences == 0 || max_step_tokens < max_sequences || num_pages == 0 {
+        if max_sequences == 0 || max_step_tokens < max_sequences || !(1..1 << 31).contains(&num_pages) {
             return Err(Error::request(format!(
-                "a step needs at least one token per sequence: {max_step_tokens} tokens, {max_sequences} sequences, \
-                 {num_pages} pages"
+                "expected at least one sequence, as many tokens in a step, and 1 to 2^31 pages; got {max_sequences} \
+                 sequences, {max_step_tokens} tokens, {num_pages} pages"
             )));
         }
         let cache_spec = KvCacheSpec {
@@ -267,12 +267,14 @@ impl<'a> Engine<'a> {
             summaries: false,
         };
         let tails = matches!(kv_format, KvFormat::Int4 { .. });
+        // Before the scheduler's list of free pages: it is here that a pool beyond the machine is refused.
+        let caches = Caches::new(model.device(), model.config.num_layers, cache_spec)?;
         Ok(Engine {
             model,
             name,
             options,
             scheduler: Scheduler::new(Limits { max_sequences, max_step_tokens, num_pages, page_size, tails }),
-            caches: Caches::new(model.device(), model.config.num_layers, cache_spec)?,
+            caches,
             buffers: Buffers::new(model, max_step_tokens, max_sequences)?,
             pending: HashMap::new(),
             to_writer,

@@ -272,6 +272,40 @@ fn ended(child: &mut Child) -> std::process::ExitStatus {
 }
 
 #[test]
+fn bad_options_are_an_error_and_int4_works_by_default() {
+    let run = |args: &[&str]| {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_ferroflash-serve"))
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // A program that has refused its options may be gone already.
+        let _ = child.stdin.take().unwrap().write_all(b"{\"prompt\": \"And\", \"max_tokens\": 2}\n");
+        let output = child.wait_with_output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (output.status.code(), text(output.stdout), text(output.stderr))
+    };
+    for (args, word) in [
+        (["--model", "/nowhere"], "no such file"),
+        (["--input", "/nowhere"], "/nowhere"),
+        (["--output", "/nowhere/x"], "/nowhere/x"),
+        (["--page-size", "0"], "page_size"),
+        (["--max-batch", "0"], "0 sequences"),
+        (["--num-pages", "0"], "0 pages"),
+        (["--num-pages", "99999999999"], "pages"),
+    ] {
+        let (code, stdout, stderr) = run(&args);
+        assert_eq!((code, stdout.as_str()), (Some(1), ""), "{args:?} {stderr}");
+        assert!(stderr.contains(word), "{args:?}: {stderr}");
+    }
+    let (code, stdout, _) = run(&["--kv-dtype", "int4"]);
+    assert_eq!(code, Some(0));
+    assert!(stdout.contains("completion_tokens"));
+}
+
+#[test]
 fn signals_leave_whole_lines() {
     for (signal, code) in [("TERM", Some(143)), ("INT", Some(130)), ("KILL", None)] {
         let mut child = spawn();
