@@ -212,17 +212,26 @@ impl Attend<'_> {
         let (m, dim) = (last + 1 - first, kernel.padded_dim);
 
         let vecs = KV_BLOCK / S::LANES;
-        kernel.kv.load_k::<S>(seq, item.kv_head as usize, at, n, scratch.k, scratch.v);
+        let head = item.kv_head as usize;
+        let ahead = kernel.kv.load_k::<S>(seq, head, at, n, scratch.k, scratch.v);
         let (q, s) = (scratch.q.add(first * dim), scratch.s.add(first * KV_BLOCK));
         let columns = |d, j| scratch.k.add(d * KV_BLOCK + j).cast_const();
-        matmul::<S, f32, false>(m, kernel.head_dim, vecs, q, dim, columns, s, KV_BLOCK);
+        if m <= S::TILE_ROWS {
+            let columns = |d, j| {
+                ahead.prefetch::<S>(d);
+                columns(d, j)
+            };
+            matmul::<S, f32, false>(m, kernel.head_dim, vecs, q, dim, columns, s, KV_BLOCK);
+        } else {
+            matmul::<S, f32, false>(m, kernel.head_dim, vecs, q, dim, columns, s, KV_BLOCK);
+        }
 
         for i in first..=last {
             self.softmax_row::<S>(seq, i, at, n);
         }
 
         let o = scratch.state.o.add(first * dim);
-        kernel.kv.add_pv::<S>(seq, item.kv_head as usize, at, n, s, m, o, scratch.v);
+        kernel.kv.add_pv::<S>(seq, head, at, n, s, m, o, scratch.v);
     }
 
     /// Scores to weights, in place; the row's O is scaled to the new maximum.

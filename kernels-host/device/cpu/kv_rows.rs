@@ -15,6 +15,27 @@ use crate::tensor::{DType, View};
 /// What stands in for the rows after a sequence's end, so that unused slots are never read.
 static ZEROS: [f32; 256] = [0.0; 256];
 
+/// The second halves of a block's V rows, asked for while Q K^T is computed: memory must not idle then.
+pub(super) struct Ahead {
+    rows: [*const u8; KV_BLOCK],
+    from: usize,
+    lines: usize,
+    per_step: usize,
+}
+
+impl Ahead {
+    /// Asks for the lines of one of `head_dim` steps.
+    #[inline(always)]
+    pub(super) fn prefetch<S: Simd>(&self, step: usize) {
+        for i in step * self.per_step..(step + 1) * self.per_step {
+            let (row, line) = (i % KV_BLOCK, i / KV_BLOCK);
+            if line < self.lines {
+                S::prefetch(self.rows[row].wrapping_add(self.from + 64 * line));
+            }
+        }
+    }
+}
+
 /// The KV of one call.
 pub(super) struct KvRows<'a> {
     plan: &'a Plan,
@@ -113,7 +134,7 @@ impl<'a> KvRows<'a> {
         n: usize,
         to: *mut f32,
         spare: *mut f32,
-    ) {
+    ) -> Ahead {
         match &self.source {
             Source::Float { dtype, k, v } => {
                 let rows = self.addresses(k, seq, head, at, n);
@@ -123,6 +144,9 @@ impl<'a> KvRows<'a> {
                     DType::BF16 => transpose::<S, bf16>(&rows, &ahead, self.head_dim, to),
                     _ => transpose::<S, f32>(&rows, &ahead, self.head_dim, to),
                 }
+                let bytes = self.head_dim * dtype.size();
+                let (from, lines) = (bytes / 2, (bytes / 2).div_ceil(64));
+                Ahead { rows: ahead, from, lines, per_step: (KV_BLOCK * lines).div_ceil(self.head_dim) }
             }
             Source::Int4(pages) => {
                 let mut rows: [*const u8; KV_BLOCK] = [ZEROS.as_ptr().cast(); KV_BLOCK];
@@ -131,7 +155,8 @@ impl<'a> KvRows<'a> {
                     pages.load_k::<S>(seq, head, at + i, self.locate(seq, head, at + i), row);
                     *address = row.cast();
                 }
-                transpose::<S, f32>(&rows, &rows, self.head_dim, to)
+                transpose::<S, f32>(&rows, &rows, self.head_dim, to);
+                Ahead { rows, from: 0, lines: 0, per_step: 0 }
             }
         }
     }
@@ -229,8 +254,8 @@ impl Product<'_> {
     }
 }
 
-/// `KV_BLOCK` rows of `n` elements to f32 columns. On the way the rows `ahead`, of the same size, are
-/// asked for: page tables and head strides defeat the hardware's prefetcher, and decode would wait for
+/// `KV_BLOCK` rows of `n` elements to f32 columns. On the way the first halves of the rows `ahead`, of the
+/// same size, are asked for: page tables and head strides defeat the hardware's prefetcher, and decode would wait for
 /// each row in turn.
 #[inline(always)]
 unsafe fn transpose<S: Simd, T: Float>(
@@ -248,7 +273,9 @@ unsafe fn transpose<S: Simd, T: Float>(
             let square = S::square(
                 #[inline(always)]
                 |i| {
-                    S::prefetch(ahead[token + i].cast::<T>().wrapping_add(d).cast());
+                    if d < n / 2 {
+                        S::prefetch(ahead[token + i].cast::<T>().wrapping_add(d).cast());
+                    }
                     let from = rows[token + i].cast::<T>().add(d);
                     if T::PAIRS { S::load(from.cast()) } else { T::load::<S>(from) }
                 },
