@@ -31,6 +31,9 @@ pub struct WorkItem {
     pub kv_end: u32,
     /// First row of partial states that the item writes, or [`NO_PARTIAL`].
     pub partial: u32,
+    /// First row of partial states that the item may use as it likes, where it finishes its rows after
+    /// several sections; else [`NO_PARTIAL`].
+    pub scratch: u32,
 }
 
 /// Rows whose partial states are merged, in order, into finished rows.
@@ -94,8 +97,142 @@ pub struct ScoreParams {
     pub causal: u32,
 }
 
+/// Division by a number known to the host, as a multiplication (Granlund and Montgomery, PLDI 1994).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Divisor {
+    /// The divisor; 0: none, and the other fields mean nothing.
+    pub value: u32,
+    multiplier: u32,
+    shift: u32,
+}
+
+impl Divisor {
+    /// For dividends below 2^31 and divisors up to 2^31.
+    pub const fn new(value: u32) -> Self {
+        if value == 0 {
+            return Divisor { value, multiplier: 0, shift: 0 };
+        }
+        let shift = if value == 1 { 0 } else { 32 - (value - 1).leading_zeros() };
+        let multiplier = ((((1u64 << shift) - value as u64) << 32) / value as u64 + 1) as u32;
+        Divisor { value, multiplier, shift }
+    }
+
+    /// Quotient and remainder.
+    #[inline(always)]
+    pub const fn div_rem(self, x: u32) -> (u32, u32) {
+        let high = ((x as u64 * self.multiplier as u64) >> 32) as u32;
+        let quotient = (high + x) >> self.shift;
+        (quotient, x - quotient * self.value)
+    }
+}
+
+/// Rows `[token, head]` of a ragged tensor; strides in bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TokenRows {
+    /// Device address; 0: none.
+    pub base: u64,
+    /// Bytes from token to token.
+    pub token: u64,
+    /// Bytes from head to head.
+    pub head: u64,
+}
+
+/// Rows `[page, head, token]` of a paged tensor; strides in bytes. Ragged KV is one page.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageRows {
+    /// Device address.
+    pub base: u64,
+    /// Bytes from page to page.
+    pub page: u64,
+    /// Bytes from head to head.
+    pub head: u64,
+    /// Bytes from token to token.
+    pub token: u64,
+}
+
+/// What every attention kernel is given. Addresses are the device's; 0: not there.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionParams {
+    /// Queries.
+    pub q: TokenRows,
+    /// Output, as the queries.
+    pub out: TokenRows,
+    /// f32 log-sum-exp, natural logarithm; or 0.
+    pub lse: TokenRows,
+    /// Keys.
+    pub k: PageRows,
+    /// Values.
+    pub v: PageRows,
+    /// [`WorkItem`]s, one per CTA.
+    pub items: u64,
+    /// [`Sequence`]s.
+    pub sequences: u64,
+    /// Page numbers, u32.
+    pub pages: u64,
+    /// Tree mask words, u32.
+    pub tree_mask: u64,
+    /// f32 per query head; or 0.
+    pub alibi_slopes: u64,
+    /// f32 per query head; or 0.
+    pub sink_logits: u64,
+    /// f32 rows of [`partial_stride`].
+    pub partials: u64,
+    /// Score features.
+    pub score: ScoreParams,
+    /// Query heads per KV head.
+    pub group: Divisor,
+    /// Tokens per page; 0: ragged.
+    pub page_size: Divisor,
+    /// Channels, at most the kernel's.
+    pub head_dim: u32,
+    /// Tokens after which a new state begins; 0: never.
+    pub section: u32,
+    /// Keeps the size a multiple of 8.
+    pub reserved: u32,
+}
+
+/// What the merge kernel is given.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MergePartialsParams {
+    /// Output.
+    pub out: TokenRows,
+    /// f32 log-sum-exp; or 0.
+    pub lse: TokenRows,
+    /// [`MergeItem`]s, one per CTA in x; rows of the item over y and warps.
+    pub items: u64,
+    /// [`Sequence`]s.
+    pub sequences: u64,
+    /// f32 per query head; or 0.
+    pub sink_logits: u64,
+    /// f32 rows of [`partial_stride`].
+    pub partials: u64,
+    /// Query heads per KV head.
+    pub group: Divisor,
+    /// Channels.
+    pub head_dim: u32,
+}
+
+/// f32 of one row of partial states: unnormalised O, padded; then 16 of which the first two are the row
+/// maximum (base 2) and the row sum.
+pub const fn partial_stride(head_dim: usize) -> usize {
+    head_dim.next_multiple_of(16) + 16
+}
+
+/// Packed query rows of one decode tile.
+pub const DECODE_ROWS: usize = 16;
+
+/// Packed query rows of one prefill tile.
+pub const PREFILL_ROWS: usize = 128;
+
 const _: () = {
-    assert!(size_of::<WorkItem>() == 28);
+    assert!(size_of::<AttentionParams>() == 248);
+    assert!(size_of::<MergePartialsParams>() == 96);
+    assert!(size_of::<WorkItem>() == 32);
     assert!(size_of::<MergeItem>() == 24);
     assert!(size_of::<Sequence>() == 56);
     assert!(size_of::<ScoreParams>() == 20);

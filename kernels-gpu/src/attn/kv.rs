@@ -1,0 +1,85 @@
+//! Where a KV row lives.
+
+use crate::abi::{Divisor, KV_BLOCK, PageRows, Sequence, WorkItem};
+use crate::isa;
+use crate::tile::SharedTile;
+
+/// A head's page list.
+#[derive(Clone, Copy)]
+pub(crate) struct PageList {
+    /// Address of the first page number.
+    at: u64,
+    page_size: Divisor,
+}
+
+impl PageList {
+    #[inline(always)]
+    pub(crate) fn new(pages: u64, page_size: Divisor, seq: &Sequence, kv_head: u32) -> Self {
+        PageList { at: pages + 4 * (seq.page_start + kv_head as u64 * seq.pages_per_head as u64), page_size }
+    }
+
+    /// Page and offset of a token. Ragged KV is one page.
+    ///
+    /// # Safety
+    /// The token is below the sequence's end, so that the list has its page.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) unsafe fn locate(&self, token: u32) -> (u32, u32) {
+        if self.page_size.value == 0 {
+            return (0, token);
+        }
+        let (index, offset) = self.page_size.div_rem(token);
+        // SAFETY: the caller's promise.
+        let [page] = unsafe { isa::ld_global_1(self.at + 4 * index as u64) };
+        (page, offset)
+    }
+}
+
+/// K or V of one sequence and KV head.
+#[derive(Clone, Copy)]
+pub(crate) struct KvRows<'a> {
+    rows: &'a PageRows,
+    /// Address of the head's token 0 of page 0.
+    base: u64,
+}
+
+impl<'a> KvRows<'a> {
+    #[inline(always)]
+    pub(crate) fn new(rows: &'a PageRows, seq: &Sequence, item: &WorkItem) -> Self {
+        // Where KV is paged, `kv_start` is 0.
+        KvRows { rows, base: rows.base + item.kv_head as u64 * rows.head + seq.kv_start * rows.token }
+    }
+
+    /// Sets out to copy the rows of a block from token `at` into `tile`, by all `THREADS` lanes; zeros from
+    /// token `end` on and past the row's channels, so that unused slots are never read.
+    ///
+    /// # Safety
+    /// The tile has `KV_BLOCK` rows, nobody reads it, and the rows below `end` are readable.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) unsafe fn copy_block<const CHUNKS: u32, const THREADS: u32>(
+        &self,
+        pages: &PageList,
+        tile: SharedTile<CHUNKS>,
+        (at, end): (u32, u32),
+        head_dim: u32,
+    ) {
+        let thread = isa::thread_x();
+        const { assert!((KV_BLOCK as u32 * CHUNKS).is_multiple_of(THREADS)) };
+        // Kept a loop: unrolled, its addresses would push accumulators out of the registers.
+        let mut index = thread;
+        while index < isa::opaque(KV_BLOCK as u32 * CHUNKS) {
+            let (row, chunk) = (index / CHUNKS, index % CHUNKS);
+            let there = at + row < end && chunk * 8 < head_dim;
+            let mut from = self.base;
+            if there {
+                // SAFETY: the token is below the end.
+                let (page, offset) = unsafe { pages.locate(at + row) };
+                from += page as u64 * self.rows.page + offset as u64 * self.rows.token + chunk as u64 * 16;
+            }
+            // SAFETY: the caller's promise.
+            unsafe { isa::cp_async_16(tile.at(row, chunk), from, if there { 16 } else { 0 }) };
+            index += THREADS;
+        }
+    }
+}

@@ -1,0 +1,7 @@
+//! What is computed.
+
+pub(crate) mod kv;
+pub(crate) mod mask;
+pub(crate) mod output;
+pub(crate) mod rows;
+pub(crate) mod softmax;

@@ -1,0 +1,187 @@
+//! What becomes of a row's state: a finished row, a partial state, or a section added to those before it.
+
+use crate::abi::{AttentionParams, NO_PARTIAL, Sequence, WorkItem, partial_stride};
+use crate::attn::rows::{LaneRows, load_item, token_head};
+use crate::attn::softmax::{self, State};
+use crate::isa;
+use crate::tile::Half;
+
+/// Unnormalised O of 16 rows: C fragments of 8 channels each.
+pub(crate) type Accumulator<const TILES: usize> = [[f32; 4]; TILES];
+
+/// Where the rows of an item go. A warp may hold a part of the channels: `channel` is its first.
+pub(crate) struct Output<'a> {
+    pub(crate) p: &'a AttentionParams,
+    pub(crate) channel: u32,
+    /// Whether this warp writes maxima, sums and LSE.
+    pub(crate) leads: bool,
+}
+
+impl Output<'_> {
+    #[inline(always)]
+    fn stride(&self) -> u64 {
+        4 * partial_stride(self.p.head_dim as usize) as u64
+    }
+
+    /// Address of the state of packed row `row` among the rows of states from `first`.
+    #[inline(always)]
+    fn state_at(&self, item: &WorkItem, first: u32, row: u32) -> u64 {
+        self.p.partials + (first as u64 + (row - item.row_start) as u64) * self.stride()
+    }
+
+    /// Channel of a lane's pair in tile `j`.
+    #[inline(always)]
+    fn channel_of(&self, j: usize) -> u32 {
+        isa::opaque(self.channel) + 8 * j as u32 + 2 * (isa::opaque(isa::thread_x()) % 4)
+    }
+
+    #[inline(always)]
+    fn m_l_at(&self, state: u64) -> u64 {
+        state + 4 * (self.p.head_dim as u64).next_multiple_of(16)
+    }
+
+    /// Writes reduced states as rows `first..` of the partial states.
+    #[inline(always)]
+    fn write_partial<const TILES: usize>(
+        &self,
+        item: &WorkItem,
+        first: u32,
+        rows: &LaneRows<'_>,
+        state: &State,
+        o: &Accumulator<TILES>,
+    ) {
+        for r in 0..2 {
+            let row = item.row_start + rows.row(r);
+            if row >= item.row_end {
+                continue;
+            }
+            let at = self.state_at(item, first, row);
+            for j in 0..TILES {
+                let channel = self.channel_of(j);
+                if channel < self.p.head_dim {
+                    let pair = [o[j][2 * r].to_bits(), o[j][2 * r + 1].to_bits()];
+                    // SAFETY: the plan gives each item rows of its own; the channel is inside the row.
+                    unsafe { isa::st_global_2(at + 4 * channel as u64, pair) };
+                }
+            }
+            if self.leads && isa::thread_x() % 4 == 0 {
+                let pair = [state.m[r].to_bits(), state.l[r].to_bits()];
+                // SAFETY: as above; rows end with room for these two.
+                unsafe { isa::st_global_2(self.m_l_at(at), pair) };
+            }
+        }
+    }
+
+    /// `state` and `o` become the merge of the states in rows `first..`, which come first, and themselves.
+    /// A barrier of all who wrote them lies between.
+    #[inline(always)]
+    fn merge_before<const TILES: usize>(
+        &self,
+        item: &WorkItem,
+        first: u32,
+        rows: &LaneRows<'_>,
+        state: &mut State,
+        o: &mut Accumulator<TILES>,
+    ) {
+        for r in 0..2 {
+            let row = item.row_start + rows.row(r);
+            if row >= item.row_end {
+                continue;
+            }
+            let at = self.state_at(item, first, row);
+            // SAFETY: written by `write_partial` of this item.
+            let [m, l] = unsafe { isa::ld_global_2(self.m_l_at(at)) }.map(f32::from_bits);
+            let (new, sum, factors) = softmax::merge([m, state.m[r]], [l, state.l[r]]);
+            (state.m[r], state.l[r]) = (new, sum);
+            for j in 0..TILES {
+                let channel = self.channel_of(j);
+                if channel < self.p.head_dim {
+                    // SAFETY: as above.
+                    let before = unsafe { isa::ld_global_2(at + 4 * channel as u64) }.map(f32::from_bits);
+                    for (i, before) in before.into_iter().enumerate() {
+                        let x = &mut o[j][2 * r + i];
+                        *x = isa::fma(before, factors[0], *x * factors[1]);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Normalises and writes finished rows.
+    #[inline(always)]
+    fn finish<T: Half, const TILES: usize>(
+        &self,
+        item: &WorkItem,
+        seq: &Sequence,
+        rows: &LaneRows<'_>,
+        state: &State,
+        o: &Accumulator<TILES>,
+    ) {
+        for r in 0..2 {
+            let row = item.row_start + rows.row(r);
+            if row >= item.row_end {
+                continue;
+            }
+            let (token, head) = token_head(self.p.group, item.kv_head, row);
+            let token = seq.q_start + token as u64;
+            let sink = sink_logit(self.p.sink_logits, head);
+            let (factor, lse) = softmax::finish(state.m[r], state.l[r], sink);
+            let at = self.p.out.at(token, head);
+            for j in 0..TILES {
+                let channel = self.channel_of(j);
+                if channel < self.p.head_dim {
+                    // A row that saw nothing is 0 whatever its accumulator holds.
+                    let x = |i: usize| if factor == 0.0 { 0.0 } else { o[j][2 * r + i] * factor };
+                    // SAFETY: each item writes rows of its own, checked by the host to be inside `out`.
+                    unsafe { isa::st_global_1(at + 2 * channel as u64, [T::pack(x(0), x(1))]) };
+                }
+            }
+            if self.p.lse.base != 0 && self.leads && isa::thread_x() % 4 == 0 {
+                // SAFETY: as above.
+                unsafe { isa::st_global_1(self.p.lse.at(token, head), [lse.to_bits()]) };
+            }
+        }
+    }
+
+    /// The end, at token `end`, of a section of the item's KV: its state is a partial one of its own, or is
+    /// merged with those before it, and at the item's end becomes a finished row.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn end_section<T: Half, const TILES: usize>(
+        &self,
+        end: u32,
+        rows: &LaneRows<'_>,
+        mut state: State,
+        o: &mut Accumulator<TILES>,
+    ) {
+        let (item, seq) = load_item(self.p);
+        let mut section = 0;
+        if self.p.section != 0 && end > item.kv_start {
+            section = (end - 1) / self.p.section - item.kv_start / self.p.section;
+        }
+        let num_rows = item.row_end - item.row_start;
+        if item.partial != NO_PARTIAL {
+            return self.write_partial(&item, item.partial + section * num_rows, rows, &state, o);
+        }
+        if section > 0 {
+            self.merge_before(&item, item.scratch, rows, &mut state, o);
+            // Others read the maxima and sums that `write_partial` overwrites.
+            isa::bar_sync();
+        }
+        if end == item.kv_end {
+            self.finish::<T, TILES>(&item, &seq, rows, &state, o);
+        } else {
+            self.write_partial(&item, item.scratch, rows, &state, o);
+        }
+    }
+}
+
+/// The learned sink of a head, where there is one.
+#[inline(always)]
+pub(crate) fn sink_logit(sink_logits: u64, head: u32) -> Option<f32> {
+    if sink_logits == 0 {
+        return None;
+    }
+    // SAFETY: the host gives one logit per query head.
+    Some(f32::from_bits(unsafe { isa::ld_global_1(sink_logits + 4 * head as u64) }[0]))
+}

@@ -1,0 +1,133 @@
+//! Packed query rows: row `r` of an item is query token `r / group`, query head `kv_head * group + r % group`.
+
+use core::f32::consts::LOG2_E;
+
+use crate::abi::{AttentionParams, Divisor, KV_BLOCK, Sequence, TokenRows, WorkItem};
+use crate::isa;
+
+/// Reads a plain struct.
+///
+/// # Safety
+/// `at` holds a written `T`, a multiple of 8 bytes long, 8-byte aligned, whose bit patterns are all valid.
+#[inline(always)]
+#[track_caller]
+pub(crate) unsafe fn read_struct<T: Copy>(at: u64) -> T {
+    const { assert!(size_of::<T>().is_multiple_of(8) && size_of::<T>() <= 64) };
+    let mut words = [0u32; 16];
+    for i in 0..size_of::<T>() / 8 {
+        // SAFETY: the caller's promise.
+        [words[2 * i], words[2 * i + 1]] = unsafe { isa::ld_global_2(at + 8 * i as u64) };
+    }
+    // SAFETY: the words hold a `T`, by the caller's promise.
+    unsafe { core::mem::transmute_copy(&words) }
+}
+
+/// Token and head of a packed row.
+#[inline(always)]
+pub(crate) fn token_head(group: Divisor, kv_head: u32, row: u32) -> (u32, u32) {
+    let (token, within) = group.div_rem(row);
+    (token, kv_head * group.value + within)
+}
+
+impl TokenRows {
+    /// Address of a row.
+    #[inline(always)]
+    pub(crate) fn at(&self, token: u64, head: u32) -> u64 {
+        self.base + token * self.token + head as u64 * self.head
+    }
+}
+
+/// The CTA's item and its sequence.
+#[inline(always)]
+#[track_caller]
+pub(crate) fn load_item(p: &AttentionParams) -> (WorkItem, Sequence) {
+    // SAFETY: the host gives one item per CTA, and its sequence.
+    unsafe {
+        let item: WorkItem = read_struct(p.items + isa::block_x() as u64 * size_of::<WorkItem>() as u64);
+        (item, read_struct(p.sequences + item.seq as u64 * size_of::<Sequence>() as u64))
+    }
+}
+
+/// What masks need of the CTA's item in every block. It stands in shared memory: registers are what limits
+/// the tile. What only edges and ends need is loaded again there.
+#[derive(Clone, Copy)]
+pub(crate) struct Place<'a> {
+    pub(crate) p: &'a AttentionParams,
+    /// Shared address of: first row, position of query token 0, first column under an end or a tree mask.
+    at: u32,
+}
+
+impl<'a> Place<'a> {
+    /// Shared bytes.
+    pub(crate) const BYTES: u32 = 16;
+
+    /// Writes the place; it can be read after the CTA's next barrier.
+    ///
+    /// # Safety
+    /// `at` is 16 aligned bytes of shared memory that nothing else uses.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) unsafe fn publish(p: &'a AttentionParams, item: &WorkItem, seq: &Sequence, at: u32) -> Self {
+        if isa::thread_x() == 0 {
+            let (tree, position) = (seq.kv_len - seq.n_tree, seq.kv_len.wrapping_sub(seq.q_len));
+            let plain_end = if item.kv_end < tree { item.kv_end } else { tree };
+            // SAFETY: the caller's promise.
+            unsafe { isa::st_shared_4(at, [item.row_start, position, plain_end, 0]) };
+        }
+        Place { p, at }
+    }
+
+    /// The lane's two of the 16 rows from row `first` of the tile.
+    #[inline(always)]
+    pub(crate) fn rows(&self, first: u32) -> LaneRows<'a> {
+        LaneRows { place: *self, first }
+    }
+}
+
+/// A lane's two rows of 16: `lane / 4` and eight further.
+#[derive(Clone, Copy)]
+pub(crate) struct LaneRows<'a> {
+    pub(crate) place: Place<'a>,
+    first: u32,
+}
+
+impl LaneRows<'_> {
+    /// Row `r` (0 or 1) of the tile; its packed row, at or past the item's end, may not be there.
+    #[inline(always)]
+    pub(crate) fn row(&self, r: usize) -> u32 {
+        isa::opaque(self.first) + isa::opaque(isa::thread_x()) % 32 / 4 + 8 * r as u32
+    }
+
+    /// Positions of both rows among the sequence's KV tokens, and the first column under an end or tree mask.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn positions(&self) -> ([i32; 2], u32) {
+        // SAFETY: published before a barrier.
+        let [first, position, plain_end, _] = unsafe { isa::ld_shared_4(self.place.at) };
+        let position = |r| position.wrapping_add(self.place.p.group.div_rem(first + self.row(r)).0) as i32;
+        ([position(0), position(1)], plain_end)
+    }
+
+    /// Whether both rows see all of columns `at..at + 64`.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn see_all(&self, at: u32) -> bool {
+        let score = &self.place.p.score;
+        let ([first, last], plain_end) = self.positions();
+        at + KV_BLOCK as u32 <= plain_end
+            && (score.causal == 0 || (at + KV_BLOCK as u32 - 1) as i32 <= first)
+            && (score.window == 0 || last as i64 - (at as i64) < score.window as i64)
+    }
+
+    /// ALiBi slope of row `r`, base 2.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn slope(&self, r: usize) -> f32 {
+        let p = self.place.p;
+        let (item, _) = load_item(p);
+        let head = token_head(p.group, item.kv_head, item.row_start + self.row(r)).1;
+        // SAFETY: the host gives one slope per query head.
+        let [slope] = unsafe { isa::ld_global_1(p.alibi_slopes + 4 * head as u64) };
+        f32::from_bits(slope) * LOG2_E
+    }
+}

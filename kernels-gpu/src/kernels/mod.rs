@@ -1,0 +1,99 @@
+//! The kernels, and the table of their entries.
+
+mod decode;
+mod merge_partials;
+mod prefill;
+
+use crate::abi::*;
+use crate::tile::{BF16, F16};
+
+/// A named, printable choice of sizes.
+pub trait Config {
+    /// Lanes of a CTA.
+    const THREADS: u32;
+    /// CTAs that should fit on an SM: bounds the registers.
+    const MIN_CTAS: u32;
+    /// Bytes of dynamic shared memory.
+    const SHARED_BYTES: u32;
+}
+
+/// The one table of entries. From a line come the device symbol, the simulator's function, and the launch
+/// bounds, which are inserted where the PTX is written out.
+macro_rules! entries {
+    ($($family:literal $name:ident($params:ty) = $body:path, $config:ty;)*) => {
+        $(
+            /// Device entry.
+            ///
+            /// # Safety
+            /// Launched with the config's sizes and parameters that the host has checked.
+            #[cfg(target_arch = "nvptx64")]
+            #[unsafe(no_mangle)]
+            pub unsafe extern "ptx-kernel" fn $name(p: $params) {
+                // SAFETY: the launch's promise.
+                unsafe { $body(&p) }
+            }
+        )*
+
+        /// What the host has to know of every entry, in the table's order.
+        #[cfg(not(target_arch = "nvptx64"))]
+        pub static ENTRIES: &[Entry] = &[$(
+            Entry {
+                family: $family,
+                name: stringify!($name),
+                threads: <$config>::THREADS,
+                min_ctas: <$config>::MIN_CTAS,
+                shared_bytes: <$config>::SHARED_BYTES,
+                params_bytes: size_of::<$params>() as u32,
+                run: |p| {
+                    // SAFETY: the simulator passes the bytes of the entry's own parameter struct.
+                    unsafe { $body(&*p.cast::<$params>()) }
+                },
+            },
+        )*];
+    };
+}
+
+/// An entry of the table.
+#[cfg(not(target_arch = "nvptx64"))]
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// PTX file.
+    pub family: &'static str,
+    /// Symbol.
+    pub name: &'static str,
+    /// Lanes of a CTA.
+    pub threads: u32,
+    /// CTAs that should fit on an SM.
+    pub min_ctas: u32,
+    /// Bytes of dynamic shared memory.
+    pub shared_bytes: u32,
+    /// Bytes of the parameter struct.
+    pub params_bytes: u32,
+    /// One lane's run on the host.
+    pub run: fn(*const u8),
+}
+
+entries! {
+    "prefill" prefill_f16_d64(AttentionParams) = prefill::body::<F16, 8, 8, 2, 4>, prefill::Config<8, 2, 4>;
+    "prefill" prefill_f16_d96(AttentionParams) = prefill::body::<F16, 12, 12, 2, 4>, prefill::Config<12, 2, 4>;
+    "prefill" prefill_f16_d128(AttentionParams) = prefill::body::<F16, 16, 16, 2, 4>, prefill::Config<16, 2, 4>;
+    "prefill" prefill_f16_d192(AttentionParams) = prefill::body::<F16, 24, 24, 1, 8>, prefill::Config<24, 1, 8>;
+    "prefill" prefill_f16_d256(AttentionParams) = prefill::body::<F16, 32, 32, 1, 8>, prefill::Config<32, 1, 8>;
+    "prefill" prefill_bf16_d64(AttentionParams) = prefill::body::<BF16, 8, 8, 2, 4>, prefill::Config<8, 2, 4>;
+    "prefill" prefill_bf16_d96(AttentionParams) = prefill::body::<BF16, 12, 12, 2, 4>, prefill::Config<12, 2, 4>;
+    "prefill" prefill_bf16_d128(AttentionParams) = prefill::body::<BF16, 16, 16, 2, 4>, prefill::Config<16, 2, 4>;
+    "prefill" prefill_bf16_d192(AttentionParams) = prefill::body::<BF16, 24, 24, 1, 8>, prefill::Config<24, 1, 8>;
+    "prefill" prefill_bf16_d256(AttentionParams) = prefill::body::<BF16, 32, 32, 1, 8>, prefill::Config<32, 1, 8>;
+    "decode" decode_f16_d64(AttentionParams) = decode::body::<F16, 8, 2, 8>, decode::Config<8, 8>;
+    "decode" decode_f16_d96(AttentionParams) = decode::body::<F16, 12, 3, 6>, decode::Config<12, 6>;
+    "decode" decode_f16_d128(AttentionParams) = decode::body::<F16, 16, 4, 4>, decode::Config<16, 4>;
+    "decode" decode_f16_d192(AttentionParams) = decode::body::<F16, 24, 6, 3>, decode::Config<24, 3>;
+    "decode" decode_f16_d256(AttentionParams) = decode::body::<F16, 32, 8, 2>, decode::Config<32, 2>;
+    "decode" decode_bf16_d64(AttentionParams) = decode::body::<BF16, 8, 2, 8>, decode::Config<8, 8>;
+    "decode" decode_bf16_d96(AttentionParams) = decode::body::<BF16, 12, 3, 6>, decode::Config<12, 6>;
+    "decode" decode_bf16_d128(AttentionParams) = decode::body::<BF16, 16, 4, 4>, decode::Config<16, 4>;
+    "decode" decode_bf16_d192(AttentionParams) = decode::body::<BF16, 24, 6, 3>, decode::Config<24, 3>;
+    "decode" decode_bf16_d256(AttentionParams) = decode::body::<BF16, 32, 8, 2>, decode::Config<32, 2>;
+    "merge" merge_partials_f16(MergePartialsParams) = merge_partials::body::<F16>, merge_partials::Config;
+    "merge" merge_partials_bf16(MergePartialsParams) = merge_partials::body::<BF16>, merge_partials::Config;
+}

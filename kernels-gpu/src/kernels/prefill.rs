@@ -1,0 +1,182 @@
+//! Attention of many packed rows: FlashAttention-2 (arXiv:2307.08691) on `mma.sync`.
+//!
+//! A CTA takes one work item, 128 rows at most. For each block of 64 KV tokens: `S = Q K^T` while V is on
+//! its way, masks and online softmax, `O += P V` while the next K is on its way. P never leaves its lane's
+//! registers.
+
+use crate::abi::{AttentionParams, KV_BLOCK, PREFILL_ROWS, Sequence, WorkItem};
+use crate::attn::mask;
+use crate::attn::output::{Accumulator, Output};
+use crate::attn::rows::{Place, load_item, token_head};
+use crate::attn::softmax::{Logits, Scores, State};
+use crate::isa;
+use crate::sched::{Ring, section_end};
+use crate::tile::fragment::c_to_a;
+use crate::tile::{Half, SharedTile};
+
+/// `CHUNKS` of 8 channels; `WARPS` of `M` m16 tiles.
+///
+/// | head_dim | M x warps | why |
+/// |---|---|---|
+/// | 64 to 128 | 2 x 4 | each K or V fragment from shared memory feeds two products: with one it is shared memory that limits |
+/// | 192, 256 | 1 x 8 | O of 32 rows would take 192 or 256 of 255 registers |
+///
+/// One K and one V tile, as one computes while the other loads; a second CTA on the SM hides the rest.
+pub(super) struct Config<const CHUNKS: u32, const M: u32, const WARPS: u32>;
+
+impl<const CHUNKS: u32, const M: u32, const WARPS: u32> super::Config for Config<CHUNKS, M, WARPS> {
+    const THREADS: u32 = 32 * WARPS;
+    const MIN_CTAS: u32 = if WARPS == 4 { 2 } else { 1 };
+    const SHARED_BYTES: u32 = {
+        assert!(16 * M * WARPS == PREFILL_ROWS as u32);
+        // Q, the ring, the place. The ring is the same for 4 warps and 8.
+        SharedTile::<CHUNKS>::bytes(PREFILL_ROWS as u32) + Ring::<CHUNKS, 128, 2>::BYTES + Place::BYTES
+    };
+}
+
+/// The kernel. `TILES` is `CHUNKS`, as a length.
+#[inline(always)]
+pub(super) unsafe fn body<
+    T: Half,
+    const CHUNKS: u32,
+    const TILES: usize,
+    const M: usize,
+    const WARPS: u32,
+>(
+    p: &AttentionParams,
+) {
+    // The ring's number of threads must be a constant of its own.
+    if WARPS == 4 {
+        // SAFETY: the launch's promise.
+        unsafe { with_threads::<T, CHUNKS, TILES, M, WARPS, 128>(p) }
+    } else {
+        // SAFETY: as above.
+        unsafe { with_threads::<T, CHUNKS, TILES, M, WARPS, 256>(p) }
+    }
+}
+
+#[inline(always)]
+unsafe fn with_threads<
+    T: Half,
+    const CHUNKS: u32,
+    const TILES: usize,
+    const M: usize,
+    const WARPS: u32,
+    const THREADS: u32,
+>(
+    p: &AttentionParams,
+) {
+    let (item, seq) = load_item(p);
+    let (warp, lane) = (isa::thread_x() / 32, isa::thread_x() % 32);
+    let q = SharedTile::<CHUNKS>::new(isa::shared_base());
+    copy_q::<CHUNKS, THREADS>(p, &seq, &item, q, PREFILL_ROWS as u32);
+    let ring_base = isa::shared_base() + SharedTile::<CHUNKS>::bytes(PREFILL_ROWS as u32);
+    // SAFETY: the shared-memory plan gives the ring the rest; the host has checked the item's KV.
+    let mut ring = unsafe { Ring::<CHUNKS, THREADS, 2>::start(p, &seq, &item, ring_base) };
+
+    let first_row = warp * 16 * M as u32;
+    // SAFETY: the shared-memory plan ends with it.
+    let place = unsafe { Place::publish(p, &item, &seq, ring_base + Ring::<CHUNKS, THREADS, 2>::BYTES) };
+    let kv_end = item.kv_end;
+    let rows = |m: usize| place.rows(first_row + 16 * m as u32);
+    let logits = Logits::new(&p.score, p.alibi_slopes != 0);
+    let output = Output { p, channel: 0, leads: true };
+
+    let mut at = item.kv_start;
+    loop {
+        let end = section_end(p, &item, at);
+        let mut state = [State::EMPTY; M];
+        let mut o: [Accumulator<TILES>; M] = [[[0.0; 4]; TILES]; M];
+        while at < end {
+            let k = ring.take_k(at);
+            // Opaque: the loops' many shared addresses are computed where they are used.
+            let lane = isa::opaque(lane);
+            let mut s: [Scores; M] = [[[0.0; 4]; 8]; M];
+            // Loops of few steps, kept so: unrolled whole, the assembler loads fragments ahead until it is out of
+            // registers. Channels past head_dim are zeros and left out by pairs of steps.
+            let mut chunk = 0;
+            while chunk < p.head_dim / 8 {
+                for chunk in [chunk, chunk + 2] {
+                    // SAFETY: Q and K are visible since `take_k`.
+                    let a: [[u32; 4]; M] =
+                        core::array::from_fn(|m| unsafe { q.a(lane, first_row + 16 * m as u32, chunk) });
+                    for j in 0..4 {
+                        // SAFETY: as above.
+                        let b = unsafe { k.b_from_columns(lane, 16 * j as u32, chunk) };
+                        for m in 0..M {
+                            T::mma(&mut s[m][2 * j], a[m], b[0]);
+                            T::mma(&mut s[m][2 * j + 1], a[m], b[1]);
+                        }
+                    }
+                }
+                chunk += 4;
+            }
+            let v = ring.take_v(at);
+            let lane = isa::opaque(lane);
+            // S becomes P at once, in half the registers.
+            let mut weights = [[[0u32; 4]; 4]; M];
+            for m in 0..M {
+                logits.apply(&mut s[m], &rows(m), at);
+                mask::hide(&rows(m), at, &mut s[m]);
+                let correction = state[m].step(&mut s[m], logits.factor);
+                for step in 0..4 {
+                    weights[m][step] = c_to_a::<T>(s[m][2 * step], s[m][2 * step + 1]);
+                }
+                for tile in &mut o[m] {
+                    for i in 0..4 {
+                        tile[i] *= correction[i / 2];
+                    }
+                }
+            }
+            // Tokens past the end have weight 0 and are left out.
+            let mut token = 0;
+            while token < end - at && token < KV_BLOCK as u32 {
+                for j in 0..TILES / 2 {
+                    // SAFETY: V is visible since `take_v`.
+                    let b = unsafe { v.b_pair_from_rows(lane, token, 2 * j as u32) };
+                    for m in 0..M {
+                        T::mma(&mut o[m][2 * j], weights[m][0], b[0]);
+                        T::mma(&mut o[m][2 * j + 1], weights[m][0], b[1]);
+                    }
+                }
+                for w in &mut weights {
+                    *w = [w[1], w[2], w[3], w[3]];
+                }
+                token += 16;
+            }
+            at += KV_BLOCK as u32;
+        }
+        let last = end == kv_end;
+        for m in 0..M {
+            output.end_section::<T, TILES>(end, &rows(m), state[m].reduced(logits.factor), &mut o[m]);
+        }
+        if last {
+            return;
+        }
+    }
+}
+
+/// Sets out to copy the item's query rows; zeros for rows up to `tile_rows` and channels that are not there.
+#[inline(always)]
+pub(super) fn copy_q<const CHUNKS: u32, const THREADS: u32>(
+    p: &AttentionParams,
+    seq: &Sequence,
+    item: &WorkItem,
+    q: SharedTile<CHUNKS>,
+    tile_rows: u32,
+) {
+    let mut index = isa::thread_x();
+    while index < tile_rows * CHUNKS {
+        let (row, chunk) = (index / CHUNKS, index % CHUNKS);
+        let packed = item.row_start + row;
+        let there = packed < item.row_end && chunk * 8 < p.head_dim;
+        let mut from = p.q.base;
+        if there {
+            let (token, head) = token_head(p.group, item.kv_head, packed);
+            from = p.q.at(seq.q_start + token as u64, head) + chunk as u64 * 16;
+        }
+        // SAFETY: rows below the item's end are inside Q, as the host has checked; the tile is its own.
+        unsafe { isa::cp_async_16(q.at(row, chunk), from, if there { 16 } else { 0 }) };
+        index += THREADS;
+    }
+}

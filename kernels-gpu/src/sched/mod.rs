@@ -1,0 +1,5 @@
+//! How work is scheduled.
+
+mod ring;
+
+pub(crate) use ring::{Ring, section_end};

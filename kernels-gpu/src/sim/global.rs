@@ -1,0 +1,220 @@
+//! Global memory: allocations that are checked at every access.
+
+use std::collections::BTreeMap;
+use std::format;
+use std::string::String;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use memmap2::{MmapMut, MmapOptions};
+
+/// Before and after each allocation: a run over its end meets nothing.
+const GUARD: usize = 4096;
+
+/// The simulated device's memory. Pages of it cost nothing until they are touched.
+#[derive(Default)]
+pub struct Memory {
+    allocations: Mutex<BTreeMap<u64, Allocation>>,
+}
+
+pub(super) struct Allocation {
+    bytes: usize,
+    data: MmapMut,
+    /// A [`Mark`] for every two bytes.
+    marks: MmapMut,
+    /// Whether bytes that no kernel has written may be read.
+    initialised: bool,
+}
+
+/// Launch, CTA, lane and barrier of the last write; 0: none.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Mark(u64);
+
+impl Mark {
+    const ATOMIC: u64 = 1;
+    const HOST: Mark = Mark(2);
+
+    pub(super) fn new(launch: u64, cta: u32, lane: u32, epoch: u32) -> Self {
+        let launch = launch % 4095 + 1;
+        let (cta, lane, epoch) = (cta as u64 & 0xf_ffff, lane as u64 & 0x3ff, epoch as u64 & 0xf_ffff);
+        Mark(launch << 52 | cta << 32 | lane << 22 | epoch << 2)
+    }
+
+    fn launch(self) -> u64 {
+        self.0 >> 52
+    }
+
+    fn cta(self) -> u64 {
+        self.0 >> 32 & 0xf_ffff
+    }
+
+    fn lane(self) -> u64 {
+        self.0 >> 22 & 0x3ff
+    }
+
+    fn epoch(self) -> u64 {
+        self.0 >> 2 & 0xf_ffff
+    }
+
+    fn before(self, now: Mark) -> bool {
+        self.launch() != now.launch()
+            || self.cta() == now.cta() && (self.lane() == now.lane() || self.epoch() < now.epoch())
+    }
+}
+
+impl Allocation {
+    fn data_mut(&mut self) -> &mut [u8] {
+        &mut self.data[GUARD..GUARD + self.bytes]
+    }
+
+    fn marks(&mut self, offset: usize, bytes: usize) -> &mut [Mark] {
+        let all = self.marks.as_mut_ptr().cast::<Mark>();
+        // SAFETY: the map holds eight bytes for every two of data, page-aligned, any bits are a `Mark`; the
+        // range was checked against `bytes`.
+        unsafe { std::slice::from_raw_parts_mut(all.add(offset / 2), bytes.div_ceil(2)) }
+    }
+
+    fn read(&mut self, offset: usize, bytes: usize, now: Mark) -> Result<&[u8], String> {
+        let initialised = self.initialised;
+        for mark in self.marks(offset, bytes) {
+            if mark.0 == 0 && !initialised {
+                return Err("read of unwritten global memory".into());
+            }
+            if !mark.before(now) {
+                return Err(format!(
+                    "race: read of global memory that thread {} of CTA {} wrote in this launch with no barrier since",
+                    mark.lane(),
+                    mark.cta()
+                ));
+            }
+        }
+        Ok(&self.data[GUARD + offset..][..bytes])
+    }
+
+    fn write(&mut self, offset: usize, from: &[u8], now: Mark, atomic: bool) -> Result<(), String> {
+        for mark in self.marks(offset, from.len()) {
+            if !(mark.before(now) || atomic && mark.0 & Mark::ATOMIC == 1) {
+                return Err(format!(
+                    "race: write to global memory that thread {} of CTA {} wrote in this launch with no barrier since",
+                    mark.lane(),
+                    mark.cta()
+                ));
+            }
+            *mark = Mark(now.0 | atomic as u64);
+        }
+        self.data[GUARD + offset..][..from.len()].copy_from_slice(from);
+        Ok(())
+    }
+}
+
+/// The memory during a launch.
+pub(super) struct Global<'a>(MutexGuard<'a, BTreeMap<u64, Allocation>>);
+
+impl Global<'_> {
+    fn locate(&mut self, at: u64, bytes: usize) -> Result<(&mut Allocation, usize), String> {
+        if !at.is_multiple_of(bytes as u64) {
+            return Err(format!("misaligned: {bytes} bytes at global address {at:#x}"));
+        }
+        let found = self.0.range_mut(..=at).next_back().map(|(start, a)| (a, (at - start) as usize));
+        match found {
+            Some((a, offset)) if offset + bytes <= a.bytes => Ok((a, offset)),
+            Some((a, offset)) if offset < a.bytes + GUARD => Err(format!(
+                "out of bounds: {bytes} bytes at offset {offset} of an allocation of {} bytes",
+                a.bytes
+            )),
+            _ => Err(format!(
+                "out of bounds: {bytes} bytes at global address {at:#x}, where nothing is allocated"
+            )),
+        }
+    }
+
+    pub(super) fn read<const N: usize>(&mut self, at: u64, now: Mark) -> Result<[u32; N], String> {
+        let (allocation, offset) = self.locate(at, 4 * N)?;
+        let bytes = allocation.read(offset, 4 * N, now)?;
+        let mut words = [0; N];
+        for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(4)) {
+            *word = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+        }
+        Ok(words)
+    }
+
+    pub(super) fn write<const N: usize>(&mut self, at: u64, x: [u32; N], now: Mark) -> Result<(), String> {
+        let (allocation, offset) = self.locate(at, 4 * N)?;
+        let mut bytes = [0u8; 16];
+        for (to, word) in bytes.chunks_exact_mut(4).zip(x) {
+            to.copy_from_slice(&word.to_le_bytes());
+        }
+        allocation.write(offset, &bytes[..4 * N], now, false)
+    }
+
+    pub(super) fn read_u16(&mut self, at: u64, now: Mark) -> Result<u32, String> {
+        let (allocation, offset) = self.locate(at, 2)?;
+        let bytes = allocation.read(offset, 2, now)?;
+        Ok(u16::from_le_bytes([bytes[0], bytes[1]]) as u32)
+    }
+
+    pub(super) fn write_u16(&mut self, at: u64, x: u32, now: Mark) -> Result<(), String> {
+        let (allocation, offset) = self.locate(at, 2)?;
+        allocation.write(offset, &(x as u16).to_le_bytes(), now, false)
+    }
+
+    pub(super) fn atomic_add(&mut self, at: u64, x: u32, now: Mark) -> Result<u32, String> {
+        let (allocation, offset) = self.locate(at, 4)?;
+        let bytes = &allocation.data_mut()[offset..][..4];
+        let old = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+        allocation.write(offset, &old.wrapping_add(x).to_le_bytes(), now, true)?;
+        Ok(old)
+    }
+}
+
+impl Memory {
+    pub(super) fn lock(&self) -> Global<'_> {
+        Global(self.allocations.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Address of `bytes` bytes, zeros that may be read or (`initialised` false) bytes that may not be read
+    /// before they are written; `None` where there is not enough memory.
+    pub fn alloc(&self, bytes: usize, initialised: bool) -> Option<u64> {
+        let map = |bytes: usize| MmapOptions::new().len(bytes).no_reserve_swap().map_anon().ok();
+        let data = map(bytes.checked_add(2 * GUARD)?)?;
+        let marks = map(bytes.checked_mul(4)?.checked_add(16)?)?;
+        let at = data.as_ptr() as u64 + GUARD as u64;
+        self.lock().0.insert(at, Allocation { bytes, data, marks, initialised });
+        Some(at)
+    }
+
+    /// Gives an allocation back.
+    pub fn free(&self, at: u64) {
+        self.lock().0.remove(&at);
+    }
+
+    /// Copies from the host; the error says what is wrong with the range.
+    pub fn upload(&self, from: &[u8], to: u64) -> Result<(), String> {
+        self.range(to, from.len(), |allocation, offset| {
+            allocation.data_mut()[offset..][..from.len()].copy_from_slice(from);
+            if from.len() == allocation.bytes {
+                allocation.initialised = true;
+            } else {
+                allocation.marks(offset, from.len()).fill(Mark::HOST);
+            }
+        })
+    }
+
+    /// Copies to the host.
+    pub fn download(&self, from: u64, to: &mut [u8]) -> Result<(), String> {
+        self.range(from, to.len(), |allocation, offset| {
+            to.copy_from_slice(&allocation.data_mut()[offset..][..to.len()]);
+        })
+    }
+
+    fn range(&self, at: u64, bytes: usize, f: impl FnOnce(&mut Allocation, usize)) -> Result<(), String> {
+        let mut global = self.lock();
+        let found = global.0.range_mut(..=at).next_back().map(|(start, a)| ((at - start) as usize, a));
+        match found {
+            Some((offset, allocation)) if offset + bytes <= allocation.bytes => {
+                f(allocation, offset);
+                Ok(())
+            }
+            _ => Err(format!("{bytes} bytes at {at:#x} are not inside an allocation")),
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! Runs kernels on the host, lane by lane.
+//!
+//! Every lane is a coroutine. A collective (barrier, shuffle, mma) suspends its lane until all lanes of the
+//! warp or CTA have come to the same call; then one model computes all results. Shared and global memory
+//! keep shadows: who wrote and read last, and under which barrier, so that a race, a read of unwritten bytes
+//! or of a copy still in flight, an access out of bounds or misaligned is a [`Fault`] that names kernel, CTA,
+//! lane and source line. CTAs run one after another in an order drawn from the seed, and so do warps inside;
+//! accesses of two CTAs to the same global bytes are a fault all the same, for on a GPU they have no order.
+
+mod cta;
+mod global;
+mod lane;
+mod shared;
+mod warp;
+
+pub use cta::{Kernel, Launch, launch};
+pub use global::Memory;
+pub(crate) use lane::{
+    atom_add_global, atom_add_shared, barrier, collective, cp_async, cp_async_commit, cp_async_wait, here,
+    read_global, read_global_u16, read_shared, warp_sync, write_global, write_global_u16, write_shared,
+};
+pub(crate) use warp::{bf16_value, f16_value, ldmatrix_x4, mma_m16n8k16};
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::string::String;
+
+/// Where dynamic shared memory begins: not 0, so that a forgotten base is out of bounds.
+pub(crate) const SHARED_BASE: u32 = 1024;
+
+/// What a kernel did wrong, and where.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fault {
+    /// Entry name.
+    pub kernel: String,
+    /// CTA.
+    pub block: [u32; 2],
+    /// Lane, as its index in the CTA.
+    pub thread: u32,
+    /// Source line of the instruction.
+    pub line: String,
+    /// What happened.
+    pub what: String,
+    /// The seed that gives it again.
+    pub seed: u64,
+}
+
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Fault { kernel, block, thread, line, what, seed } = self;
+        write!(f, "{kernel}: CTA {block:?}, thread {thread}, {line}: {what} (simulator seed {seed})")
+    }
+}
+
+impl std::error::Error for Fault {}
+
+/// What a launch did.
+#[derive(Clone, Debug, Default)]
+pub struct Stats {
+    /// Warp-wide instructions by name.
+    pub collectives: BTreeMap<&'static str, u64>,
+    /// Bytes read from global memory, each access counted.
+    pub global_read: u64,
+    /// Bytes written to global memory.
+    pub global_written: u64,
+    /// Warp-wide accesses of shared memory that were looked at for bank conflicts.
+    pub shared_accesses: u64,
+    /// Cycles that they took.
+    pub shared_cycles: u64,
+    /// Cycles that they would have taken without bank conflicts.
+    pub shared_cycles_ideal: u64,
+}
+
+impl Stats {
+    /// Adds the counts of another launch.
+    pub fn add(&mut self, other: &Stats) {
+        for (name, n) in &other.collectives {
+            *self.collectives.entry(name).or_default() += n;
+        }
+        self.global_read += other.global_read;
+        self.global_written += other.global_written;
+        self.shared_accesses += other.shared_accesses;
+        self.shared_cycles += other.shared_cycles;
+        self.shared_cycles_ideal += other.shared_cycles_ideal;
+    }
+}
+
+/// SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+#[derive(Clone)]
+pub(crate) struct Rng(pub(crate) u64);
+
+impl Rng {
+    pub(crate) fn bits(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    pub(crate) fn below(&mut self, n: usize) -> usize {
+        (self.bits() % n as u64) as usize
+    }
+}

@@ -1,0 +1,8 @@
+//! Data in the shapes that tensor cores want.
+
+pub mod fragment;
+mod half_type;
+mod shared_tile;
+
+pub use half_type::{BF16, F16, Half};
+pub use shared_tile::SharedTile;
