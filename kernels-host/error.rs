@@ -71,6 +71,15 @@ pub enum Error {
         /// Why.
         why: String,
     },
+    /// A kernel or a call of the driver failed.
+    Kernel {
+        /// The device.
+        device: String,
+        /// The kernel or call.
+        kernel: String,
+        /// What the device says of it.
+        why: String,
+    },
     /// Memory could not be had.
     OutOfMemory {
         /// The device.
@@ -128,6 +137,7 @@ impl fmt::Display for Error {
                 write!(f, "{op}: {what} lives on {got}, the operation runs on {expected}")
             }
             Error::Unavailable { device, why } => write!(f, "device {device} is not available: {why}"),
+            Error::Kernel { device, kernel, why } => write!(f, "{device}: {kernel}: {why}"),
             Error::OutOfMemory { device, bytes } => write!(f, "{device}: could not allocate {bytes} bytes"),
         }
     }

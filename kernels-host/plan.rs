@@ -6,8 +6,9 @@ use crate::error::{Error, Result};
 use crate::spec::AttentionSpec;
 
 /// Packed query rows of one work item: enough that loading a KV block is small beside computing on
-/// it (its cost is about that of 8 rows), small enough that a tile's state stays in the L2 cache.
-pub(crate) const ROW_TILE: usize = 128;
+/// it (its cost is about that of 8 rows), small enough that a tile's state stays in the CPU's L2 cache, and
+/// what a GPU's prefill kernel takes.
+pub(crate) const ROW_TILE: usize = ferroflash_kernels::abi::PREFILL_ROWS;
 
 /// Tiles of so few rows are bound by reading KV, not by arithmetic.
 const FEW_ROWS: u32 = 32;
@@ -16,6 +17,15 @@ const FEW_ROWS: u32 = 32;
 /// the heads of a token stand side by side in memory, one head's reading brings in the next one's lines,
 /// and a piece of all heads fits in the last-level cache.
 const MEMORY_PIECE: u32 = 2048;
+
+/// What a device wants of a plan.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Schedule {
+    /// Parallel workers that items should fill.
+    pub(crate) workers: usize,
+    /// Whether an item that finishes rows after several sections gets room to keep them in between.
+    pub(crate) scratch: bool,
+}
 
 /// How a sequence's KV is divided over workers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -117,13 +127,13 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Plans `batch` for `workers` parallel workers.
-    pub fn new(
+    /// Plans `batch`.
+    pub(crate) fn new(
         op: &'static str,
         spec: &AttentionSpec,
         batch: &Batch<'_>,
         splits: Splits,
-        workers: usize,
+        schedule: Schedule,
     ) -> Result<Self> {
         spec.check(op)?;
         let section = match splits {
@@ -149,7 +159,7 @@ impl Plan {
         };
         plan.add_sequences(op, batch)?;
         plan.add_tree(op, spec, batch)?;
-        plan.schedule(op, spec, splits, workers.max(1))?;
+        plan.schedule(op, spec, splits, schedule)?;
         Ok(plan)
     }
 
@@ -290,8 +300,9 @@ impl Plan {
         op: &'static str,
         spec: &AttentionSpec,
         splits: Splits,
-        workers: usize,
+        schedule: Schedule,
     ) -> Result<()> {
+        let workers = schedule.workers.max(1);
         let mut tiles = Vec::new();
         for (index, s) in self.sequences.iter().enumerate() {
             let rows = s.q_len as usize * spec.group();
@@ -315,6 +326,7 @@ impl Plan {
                         kv_start,
                         kv_end,
                         partial: NO_PARTIAL,
+                        scratch: NO_PARTIAL,
                     });
                 }
             }
@@ -344,6 +356,16 @@ impl Plan {
                 continue;
             }
             self.split(tile, blocks.div_ceil(pieces) * KV_BLOCK as u32);
+        }
+        if schedule.scratch && self.section > 0 {
+            let section = self.section as u32;
+            for item in &mut self.items {
+                let sections = item.kv_end.div_ceil(section) - item.kv_start / section;
+                if item.partial == NO_PARTIAL && sections > 1 {
+                    item.scratch = self.partial_rows as u32;
+                    self.partial_rows += (item.row_end - item.row_start) as usize;
+                }
+            }
         }
         if self.partial_rows > NO_PARTIAL as usize {
             return Err(Error::value(

@@ -22,10 +22,10 @@ fn base() -> Case {
 }
 
 fn check(case: Case) {
-    let problem = Problem::new(case);
     for device in devices() {
+        let problem = Problem::for_device(&case, &device);
         let outcome = problem.run(&device);
-        if let Err(error) = problem.check(&outcome) {
+        if let Err(error) = problem.check(&device, &outcome) {
             panic!("{error}\non {device:?}\n{:#?}", problem.case);
         }
     }
@@ -105,10 +105,11 @@ proptest! {
 #[test]
 fn empty_rows_are_zero_and_minus_infinity() {
     // More queries than keys: the first two see nothing; and a sequence without keys.
-    let problem = Problem::new(Case { lengths: vec![(5, 3), (2, 0)], ..base() });
+    let case = Case { lengths: vec![(5, 3), (2, 0)], ..base() };
     for device in devices() {
+        let problem = Problem::for_device(&case, &device);
         let outcome = problem.run(&device);
-        problem.check(&outcome).unwrap();
+        problem.check(&device, &outcome).unwrap();
         let heads = 4;
         for row in (0..2 * heads).chain(5 * heads..7 * heads) {
             assert_eq!(outcome.lse[row], f32::NEG_INFINITY);
@@ -129,9 +130,9 @@ fn long_kv_is_split_and_merged() {
 /// The bits of the last query's row, computed in many surroundings.
 #[test]
 fn fixed_splits_make_a_row_independent_of_its_batch() {
-    let lengths = vec![(150, 700)];
-    let whole = Problem::new(Case { lengths, splits: Splits::Fixed(256), ..base() });
+    let case = Case { lengths: vec![(150, 700)], splits: Splits::Fixed(256), ..base() };
     for device in devices() {
+        let whole = Problem::for_device(&case, &device);
         let expected = whole.run(&device);
         let row_values = 4 * 64;
         for (place, others, q_len) in [
@@ -143,7 +144,7 @@ fn fixed_splits_make_a_row_independent_of_its_batch() {
             // Chunked prefill: the same sequence, its last `q_len` queries, among `others`.
             let mut lengths = vec![(2, 900); others];
             lengths.push((q_len, 700));
-            let mut part = Problem::new(Case { lengths, place, splits: Splits::Fixed(256), ..base() });
+            let mut part = Problem::new(Case { lengths, place, ..whole.case.clone() });
             (part.k[others], part.v[others]) = (whole.k[0].clone(), whole.v[0].clone());
             let at = part.q.len() - q_len * row_values;
             part.q[at..].copy_from_slice(&whole.q[(150 - q_len) * row_values..]);
@@ -157,8 +158,9 @@ fn fixed_splits_make_a_row_independent_of_its_batch() {
 
 #[test]
 fn the_same_call_gives_the_same_bits() {
-    let problem = Problem::new(Case { lengths: vec![(1, 4000), (90, 400)], ..base() });
+    let case = Case { lengths: vec![(1, 4000), (90, 400)], ..base() };
     for device in devices() {
+        let problem = Problem::for_device(&case, &device);
         let (a, b) = (problem.run(&device), problem.run(&device));
         assert_eq!(a.out, b.out);
         assert_eq!(a.lse, b.lse);

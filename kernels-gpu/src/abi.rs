@@ -229,11 +229,25 @@ pub const DECODE_ROWS: usize = 16;
 /// Packed query rows of one prefill tile.
 pub const PREFILL_ROWS: usize = 128;
 
-const _: () = {
-    assert!(size_of::<AttentionParams>() == 248);
-    assert!(size_of::<MergePartialsParams>() == 96);
-    assert!(size_of::<WorkItem>() == 32);
-    assert!(size_of::<MergeItem>() == 24);
-    assert!(size_of::<Sequence>() == 56);
-    assert!(size_of::<ScoreParams>() == 20);
-};
+/// Data that the device is given as bytes.
+///
+/// # Safety
+/// `#[repr(C)]`, without padding: the sizes below are the sums of the fields'.
+pub unsafe trait Plain: Copy {}
+
+macro_rules! plain {
+    ($($t:ty: $size:literal),* $(,)?) => { $(
+        // SAFETY: as the trait says.
+        unsafe impl Plain for $t {}
+        const _: () = assert!(size_of::<$t>() == $size);
+    )* };
+}
+
+plain! {
+    AttentionParams: 248,
+    MergePartialsParams: 96,
+    WorkItem: 32,
+    MergeItem: 24,
+    Sequence: 56,
+    ScoreParams: 20,
+}

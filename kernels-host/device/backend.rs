@@ -11,16 +11,17 @@ use crate::kv_cache::{Int4Pages, Kv, KvMut};
 use crate::op::append_kv::AppendPlan;
 use crate::op::sample::SamplingParams;
 use crate::op::select_pages::PageBudget;
-use crate::plan::Plan;
+use crate::plan::{Plan, Schedule};
 use crate::spec::AttentionSpec;
 use crate::tensor::{NaturalLog, View, ViewMut};
 
 /// Attention over a planned batch.
 pub(crate) struct AttentionCall<'a> {
+    pub(crate) op: &'static str,
     pub(crate) spec: &'a AttentionSpec,
     pub(crate) plan: &'a Plan,
-    /// f32 `[partial_rows, head_dim + 2]`: unnormalised O, row maximum (base 2), row sum.
-    pub(crate) partials: &'a mut Storage,
+    /// What [`Backend::plan_attention`] gave.
+    pub(crate) workspace: &'a mut Storage,
     pub(crate) q: View<'a>,
     pub(crate) kv: Kv<'a>,
     pub(crate) out: ViewMut<'a>,
@@ -99,8 +100,8 @@ pub(crate) struct SampleCall<'a> {
 pub(crate) trait Backend: Send + Sync {
     fn id(&self) -> DeviceId;
     fn description(&self) -> String;
-    /// Parallel workers that a plan should fill.
-    fn workers(&self) -> usize;
+    /// How plans divide work.
+    fn schedule(&self) -> Schedule;
     /// Calls `f` once, on the device's threads where it has some.
     fn enter(&self, f: &mut (dyn FnMut() + Send));
     /// Zeroed memory.
@@ -108,6 +109,8 @@ pub(crate) trait Backend: Send + Sync {
     fn upload(&self, from: &[u8], to: &mut Storage) -> Result<()>;
     fn download(&self, from: &Storage, to: &mut [u8]) -> Result<()>;
 
+    /// Device memory for a plan: its partial states, and whatever else its runs need there.
+    fn plan_attention(&self, spec: &AttentionSpec, plan: &Plan) -> Result<Storage>;
     fn attention(&self, call: AttentionCall<'_>) -> Result<()>;
     fn merge(&self, call: MergeCall<'_>) -> Result<()>;
     fn append_kv(&self, call: AppendCall<'_>) -> Result<()>;

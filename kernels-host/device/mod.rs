@@ -3,6 +3,8 @@
 
 mod backend;
 mod cpu;
+#[cfg(any(feature = "cuda", feature = "sim"))]
+mod gpu;
 mod host;
 
 use std::fmt;
@@ -12,7 +14,6 @@ pub(crate) use backend::{
     AppendCall, AttentionCall, Backend, DequantCall, EmbeddingCall, MergeCall, RmsNormCall, SampleCall,
     SelectCall, SiluMulCall,
 };
-pub(crate) use cpu::partial_stride;
 pub use cpu::{CpuOptions, SimdLevel};
 /// Building blocks of the CPU backend, for the linear layers of `ferroflash-serve`; not part of the API.
 #[doc(hidden)]
@@ -26,29 +27,61 @@ use crate::error::Result;
 pub enum DeviceId {
     /// Host memory, CPU threads.
     Cpu,
+    /// A CUDA device, by its ordinal.
+    Cuda(usize),
+    /// A simulated GPU; each has a number of its own.
+    Sim(u64),
 }
 
 impl fmt::Display for DeviceId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             DeviceId::Cpu => f.write_str("cpu"),
+            DeviceId::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+            DeviceId::Sim(number) => write!(f, "sim:{number}"),
         }
     }
 }
 
 /// A handle to a device; cheap to clone.
 #[derive(Clone)]
-pub struct Device(Arc<dyn Backend>);
+pub struct Device {
+    backend: Arc<dyn Backend>,
+    #[cfg(feature = "sim")]
+    sim: Option<Arc<gpu::SimDriver>>,
+}
 
 impl Device {
     /// The CPU, with rayon's global threads and the best instruction set found.
     pub fn cpu() -> Self {
-        Device(Arc::new(cpu::Cpu::default()))
+        Device::of(cpu::Cpu::default())
+    }
+
+    fn of(backend: impl Backend + 'static) -> Self {
+        Device {
+            backend: Arc::new(backend),
+            #[cfg(feature = "sim")]
+            sim: None,
+        }
     }
 
     /// The CPU with chosen threads or instruction set.
     pub fn cpu_with(options: CpuOptions) -> Result<Self> {
-        Ok(Device(Arc::new(cpu::Cpu::new(options)?)))
+        Ok(Device::of(cpu::Cpu::new(options)?))
+    }
+
+    /// A simulated GPU: the GPU kernels themselves, run on the host lane by lane, with every access checked.
+    /// `seed` draws the orders that a GPU leaves open. For tests: it is some 10^5 times slower than a GPU.
+    #[cfg(feature = "sim")]
+    pub fn sim(seed: u64) -> Self {
+        let driver = Arc::new(gpu::SimDriver::new(seed));
+        Device { backend: Arc::new(gpu::Gpu::new(driver.clone())), sim: Some(driver) }
+    }
+
+    /// What the launches so far have done, where this is a simulated GPU.
+    #[cfg(feature = "sim")]
+    pub fn sim_stats(&self) -> Option<ferroflash_kernels::sim::Stats> {
+        self.sim.as_ref().map(|driver| driver.stats())
     }
 
     /// The best device of this machine. No GPU backend exists yet: this is [`Device::cpu`].
@@ -58,12 +91,12 @@ impl Device {
 
     /// Which device this is.
     pub fn id(&self) -> DeviceId {
-        self.0.id()
+        self.backend.id()
     }
 
     /// Name and instruction set, for logs.
     pub fn description(&self) -> String {
-        self.0.description()
+        self.backend.description()
     }
 
     /// Runs `f` where the device's threads are at hand: on the CPU inside its thread pool, which
@@ -71,7 +104,7 @@ impl Device {
     pub fn scope<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
         let mut result = None;
         let mut f = Some(f);
-        self.0.enter(&mut || result = f.take().map(|f| f()));
+        self.backend.enter(&mut || result = f.take().map(|f| f()));
         match result {
             Some(result) => result,
             None => unreachable!("Backend::enter calls its argument"),
@@ -79,7 +112,7 @@ impl Device {
     }
 
     pub(crate) fn backend(&self) -> &dyn Backend {
-        &*self.0
+        &*self.backend
     }
 }
 
@@ -93,30 +126,56 @@ impl fmt::Debug for Device {
 pub(crate) enum Storage {
     /// Host memory.
     Host(host::Memory),
+    /// A GPU's.
+    #[cfg(any(feature = "cuda", feature = "sim"))]
+    Device(gpu::DeviceMemory),
 }
 
 impl Storage {
+    /// The bytes, where they are host memory.
     pub(crate) fn bytes(&self) -> Option<&[u8]> {
         match self {
             Storage::Host(memory) => Some(memory.bytes()),
+            #[cfg(any(feature = "cuda", feature = "sim"))]
+            Storage::Device(_) => None,
         }
     }
 
     pub(crate) fn bytes_mut(&mut self) -> Option<&mut [u8]> {
         match self {
             Storage::Host(memory) => Some(memory.bytes_mut()),
+            #[cfg(any(feature = "cuda", feature = "sim"))]
+            Storage::Device(_) => None,
         }
     }
 
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Storage::Host(memory) => memory.bytes().len(),
+            #[cfg(any(feature = "cuda", feature = "sim"))]
+            Storage::Device(memory) => memory.bytes(),
+        }
+    }
+
+    /// The address on the device, as a pointer that only the device may follow.
     pub(crate) fn ptr(&self) -> *const u8 {
         match self {
             Storage::Host(memory) => memory.bytes().as_ptr(),
+            #[cfg(any(feature = "cuda", feature = "sim"))]
+            Storage::Device(memory) => memory.at() as *const u8,
         }
     }
 
     pub(crate) fn ptr_mut(&mut self) -> *mut u8 {
         match self {
             Storage::Host(memory) => memory.bytes_mut().as_mut_ptr(),
+            #[cfg(any(feature = "cuda", feature = "sim"))]
+            Storage::Device(memory) => memory.at() as *mut u8,
         }
+    }
+
+    #[cfg(any(feature = "cuda", feature = "sim"))]
+    pub(crate) fn address(&self) -> u64 {
+        self.ptr() as u64
     }
 }

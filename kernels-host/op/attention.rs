@@ -17,7 +17,7 @@ pub struct AttentionPlan {
     device: Device,
     spec: AttentionSpec,
     plan: Plan,
-    partials: Storage,
+    workspace: Storage,
 }
 
 impl AttentionPlan {
@@ -36,7 +36,7 @@ impl AttentionPlan {
         batch: &Batch<'_>,
         splits: Splits,
     ) -> Result<Self> {
-        let plan = Plan::new(op, spec, batch, splits, device.backend().workers())?;
+        let plan = Plan::new(op, spec, batch, splits, device.backend().schedule())?;
         Self::from_plan(op, device, spec, plan)
     }
 
@@ -46,8 +46,8 @@ impl AttentionPlan {
         spec: &AttentionSpec,
         plan: Plan,
     ) -> Result<Self> {
-        let partials = device.backend().alloc(workspace_bytes(&plan, spec.head_dim))?;
-        Ok(AttentionPlan { op, device: device.clone(), spec: spec.clone(), plan, partials })
+        let workspace = device.backend().plan_attention(spec, &plan)?;
+        Ok(AttentionPlan { op, device: device.clone(), spec: spec.clone(), plan, workspace })
     }
 
     /// The work items, for looking at.
@@ -67,9 +67,9 @@ impl AttentionPlan {
         &self.device
     }
 
-    /// Bytes of device memory that the plan holds for partial states.
+    /// Bytes of device memory that the plan holds.
     pub fn workspace_bytes(&self) -> usize {
-        workspace_bytes(&self.plan, self.spec.head_dim)
+        self.workspace.len()
     }
 
     /// Computes attention.
@@ -101,9 +101,10 @@ impl AttentionPlan {
         let dims = kv.check(self.op, num_kv_heads, head_dim)?;
         self.check_kv(&door, &kv, dims)?;
         self.device.backend().attention(AttentionCall {
+            op: self.op,
             spec: &self.spec,
             plan: &self.plan,
-            partials: &mut self.partials,
+            workspace: &mut self.workspace,
             q,
             kv,
             out,
@@ -157,9 +158,4 @@ impl std::fmt::Debug for AttentionPlan {
             self.workspace_bytes()
         )
     }
-}
-
-fn workspace_bytes(plan: &Plan, head_dim: usize) -> usize {
-    // 64 bytes on top of padded rows hold each row's maximum and sum.
-    plan.partial_rows * crate::device::partial_stride(head_dim) * 4
 }

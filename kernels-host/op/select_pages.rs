@@ -5,7 +5,7 @@ use super::attention::AttentionPlan;
 use crate::device::{Device, SelectCall};
 use crate::error::{Error, Result};
 use crate::kv_cache::Kv;
-use crate::plan::{Batch, KvTable, Plan, Splits};
+use crate::plan::{Batch, KvTable, Plan, Schedule, Splits};
 use crate::spec::AttentionSpec;
 use crate::tensor::{NaturalLog, View, ViewMut};
 use ferroflash_kernels::abi::Sequence;
@@ -58,7 +58,7 @@ impl SparsePlan {
         budget: PageBudget,
         splits: Splits,
     ) -> Result<Self> {
-        let all = Plan::new(OP, spec, batch, Splits::None, 1)?;
+        let all = Plan::new(OP, spec, batch, Splits::None, Schedule::default())?;
         if all.page_size == 0 {
             return Err(Error::value(OP, "batch.kv", "a page table", "ragged KV"));
         }
@@ -89,7 +89,7 @@ impl SparsePlan {
             last_page_len: &last_page_len,
         };
         let mut plan =
-            Plan::new(OP, spec, &Batch { kv: table, ..*batch }, splits, device.backend().workers())?;
+            Plan::new(OP, spec, &Batch { kv: table, ..*batch }, splits, device.backend().schedule())?;
         // From one list per sequence to one per KV head.
         plan.pages.clear();
         for (chosen, seq) in plan.sequences.iter_mut().zip(&all.sequences) {

@@ -1,10 +1,10 @@
 //! The table of attention cases: what is asked, how it is laid out, and how it is checked.
 
 use ferroflash::op::attention::AttentionPlan;
-use ferroflash::{AttentionSpec, Batch, DType, Device, Kv, KvTable, NaturalLog, Splits, TreeMask, ViewMut};
+use ferroflash::{AttentionSpec, Batch, DType, Device, Kv, KvTable, NaturalLog, Splits, Tensor, TreeMask};
 
 use super::reference::{Features, attend};
-use super::{Elements, Rng, rounded};
+use super::{Elements, Rng, is_gpu, rounded};
 
 /// Where a case keeps its KV.
 #[derive(Clone, Copy, Debug)]
@@ -103,8 +103,21 @@ impl Problem {
         self.mask[before + token * words + bit / 32] >> (bit % 32) & 1 == 1
     }
 
-    /// The oracle's O and LSE in f64, and the naive implementation's in f32 rounded to the output type.
-    pub fn truth(&self) -> (Outcome64, Outcome64) {
+    /// The case with types that the device takes.
+    pub fn for_device(case: &Case, device: &Device) -> Self {
+        let mut case = case.clone();
+        if is_gpu(device) {
+            if case.q_dtype == DType::F32 {
+                case.q_dtype = DType::F16;
+            }
+            case.kv_dtype = case.q_dtype;
+        }
+        Problem::new(case)
+    }
+
+    /// The oracle's O and LSE in f64, and the naive implementation's in f32 rounded to the output type; with
+    /// `round_p`, weights rounded to it too, as tensor cores take them.
+    pub fn truth(&self, round_p: bool) -> (Outcome64, Outcome64) {
         let spec = &self.case.spec;
         let dim = spec.head_dim;
         let (mut exact, mut naive) = (Outcome64::default(), Outcome64::default());
@@ -126,10 +139,12 @@ impl Problem {
                     let q_pos = kv_len as i64 - q_len as i64 + token as i64;
                     let (k, v) = (&self.k[s][kv_head], &self.v[s][kv_head]);
                     let visible = |column| self.tree_visible(s, token, column);
-                    let (o, lse) = attend::<f64>(q, q_pos, k, v, &features, visible);
+                    let (o, lse) = attend::<f64>(q, q_pos, k, v, &features, visible, |p| p);
                     exact.out.extend(o);
                     exact.lse.push(lse);
-                    let (o, lse) = attend::<f32>(q, q_pos, k, v, &features, visible);
+                    let (o, lse) = attend::<f32>(q, q_pos, k, v, &features, visible, |p| {
+                        if round_p { rounded(self.case.q_dtype, p) } else { p }
+                    });
                     naive.out.extend(o.iter().map(|&x| rounded(self.case.q_dtype, x as f32) as f64));
                     naive.lse.push(lse);
                 }
@@ -143,24 +158,25 @@ impl Problem {
         let case = &self.case;
         let spec = &case.spec;
         let shape = [*self.qo_indptr.last().unwrap() as usize, spec.num_q_heads, spec.head_dim];
-        let q = Elements::new(case.q_dtype, &self.q);
-        let mut out = Elements::new(case.q_dtype, &vec![f32::NAN; self.q.len()]);
-        let mut lse = vec![f32::NAN; shape[0] * shape[1]];
-        let tables = Tables::new(self);
+        let q = Elements::new(case.q_dtype, &self.q).tensor(device, &shape);
+        let mut out = Elements::new(case.q_dtype, &vec![f32::NAN; self.q.len()]).tensor(device, &shape);
+        let unset = vec![f32::NAN; shape[0] * shape[1]];
+        let mut lse = Tensor::from_slice(device, &unset, &shape[..2]).unwrap();
+        let tables = Tables::new(self, device);
         let mut batch = Batch::new(&self.qo_indptr, tables.kv_table());
         if case.n_tree.is_some() {
             batch.tree = Some(TreeMask { n_tree: &self.n_tree, mask: &self.mask });
         }
         let mut plan = AttentionPlan::new(device, spec, &batch, case.splits).unwrap();
-        let lse_view = NaturalLog(ViewMut::from_slice(&mut lse, &shape[..2]).unwrap());
-        plan.run(q.view(&shape), tables.kv(), out.view_mut(&shape), Some(lse_view)).unwrap();
-        Outcome { out: out.to_f32(), lse }
+        let lse_view = NaturalLog(lse.view_mut());
+        plan.run(q.view(), tables.kv(), out.view_mut(), Some(lse_view)).unwrap_or_else(|e| panic!("{e}\n{case:#?}"));
+        Outcome { out: Elements::of_tensor(&out).to_f32(), lse: lse.to_vec().unwrap() }
     }
 
     /// Compares with the oracle: the error may be twice the naive implementation's, plus a floor of
     /// rounding in the accumulation.
-    pub fn check(&self, outcome: &Outcome) -> Result<(), String> {
-        let (exact, naive) = self.truth();
+    pub fn check(&self, device: &Device, outcome: &Outcome) -> Result<(), String> {
+        let (exact, naive) = self.truth(is_gpu(device));
         compare("O", &outcome.out, &exact.out, &naive.out, 2e-6)?;
         compare("LSE", &outcome.lse, &exact.lse, &naive.lse, 4e-6)
     }
@@ -196,9 +212,8 @@ pub fn compare(what: &str, got: &[f32], exact: &[f64], naive: &[f64], floor: f64
 /// KV laid out as the case says.
 pub struct Tables {
     place: Place,
-    k: Elements,
-    v: Elements,
-    shape: Vec<usize>,
+    k: Tensor,
+    v: Tensor,
     kv_indptr: Vec<u32>,
     pages: Vec<u32>,
     last_page_len: Vec<u32>,
@@ -208,7 +223,7 @@ pub struct Tables {
 }
 
 impl Tables {
-    pub fn new(problem: &Problem) -> Self {
+    pub fn new(problem: &Problem, device: &Device) -> Self {
         let case = &problem.case;
         let AttentionSpec { num_kv_heads: heads, head_dim: dim, .. } = case.spec;
         let seq_lens: Vec<u32> = case.lengths.iter().map(|&(_, kv)| kv as u32).collect();
@@ -250,7 +265,7 @@ impl Tables {
                     }
                 }
             }
-            Elements::new(case.kv_dtype, &data)
+            Elements::new(case.kv_dtype, &data).tensor(device, &shape)
         };
         let (k, v) = (lay(&problem.k), lay(&problem.v));
         let last_page_len = seq_lens
@@ -265,7 +280,7 @@ impl Tables {
             block_table[s * max_blocks..][..list.len()].copy_from_slice(list);
         }
         let place = case.place;
-        Tables { place, k, v, shape, kv_indptr, pages, last_page_len, block_table, max_blocks, seq_lens }
+        Tables { place, k, v, kv_indptr, pages, last_page_len, block_table, max_blocks, seq_lens }
     }
 
     pub fn kv_table(&self) -> KvTable<'_> {
@@ -287,7 +302,7 @@ impl Tables {
     }
 
     pub fn kv(&self) -> Kv<'_> {
-        let (k, v) = (self.k.view(&self.shape), self.v.view(&self.shape));
+        let (k, v) = (self.k.view(), self.v.view());
         match self.place {
             Place::Ragged => Kv::Ragged { k, v },
             Place::Paged { nhd: true, .. } => {

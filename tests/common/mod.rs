@@ -7,8 +7,23 @@ pub mod reference;
 use ferroflash::{CpuOptions, DType, Device, SimdLevel};
 use half::{bf16, f16};
 
-/// Every way in which this machine can run the crate.
+/// Every way in which this machine can run the crate: the CPU's instruction sets, and simulated GPUs that
+/// differ in the order of all that a GPU leaves open.
 pub fn devices() -> Vec<Device> {
+    let mut devices = cpus();
+    devices.extend(SIM_SEEDS.map(Device::sim));
+    devices
+}
+
+/// Seeds of the simulated GPUs.
+pub const SIM_SEEDS: [u64; 2] = [1, 2];
+
+/// Whether the device's attention takes 16-bit types only.
+pub fn is_gpu(device: &Device) -> bool {
+    device.id() != ferroflash::DeviceId::Cpu
+}
+
+pub fn cpus() -> Vec<Device> {
     let levels = [SimdLevel::Portable, SimdLevel::Avx2, SimdLevel::Avx512, SimdLevel::Neon];
     levels
         .into_iter()
@@ -81,6 +96,24 @@ impl Elements {
             DType::F16 => Elements::F16(data.iter().map(|&x| f16::from_f32(x)).collect()),
             DType::BF16 => Elements::BF16(data.iter().map(|&x| bf16::from_f32(x)).collect()),
             _ => Elements::F32(data.to_vec()),
+        }
+    }
+
+    /// On a device.
+    pub fn tensor(&self, device: &Device, shape: &[usize]) -> ferroflash::Tensor {
+        match self {
+            Elements::F32(x) => ferroflash::Tensor::from_slice(device, x, shape),
+            Elements::F16(x) => ferroflash::Tensor::from_slice(device, x, shape),
+            Elements::BF16(x) => ferroflash::Tensor::from_slice(device, x, shape),
+        }
+        .unwrap()
+    }
+
+    pub fn of_tensor(tensor: &ferroflash::Tensor) -> Self {
+        match tensor.dtype() {
+            DType::F16 => Elements::F16(tensor.to_vec().unwrap()),
+            DType::BF16 => Elements::BF16(tensor.to_vec().unwrap()),
+            _ => Elements::F32(tensor.to_vec().unwrap()),
         }
     }
 

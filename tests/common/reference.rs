@@ -47,7 +47,8 @@ pub struct Features {
     pub sink_logit: Option<f32>,
 }
 
-/// One query row over `keys` and `values`; `visible(k_pos)` on top of the features' own mask.
+/// One query row over `keys` and `values`; `visible(k_pos)` on top of the features' own mask. Unnormalised weights
+/// go through `round_weight` before they meet the values.
 /// Gives O and the natural LSE.
 pub fn attend<T: Real>(
     q: &[f32],
@@ -56,6 +57,7 @@ pub fn attend<T: Real>(
     values: &[Vec<f32>],
     f: &Features,
     visible: impl Fn(usize) -> bool,
+    round_weight: impl Fn(T) -> T,
 ) -> (Vec<f64>, f64) {
     let dim = q.len();
     let mut scores: Vec<(usize, T)> = Vec::new();
@@ -88,11 +90,12 @@ pub fn attend<T: Real>(
     }
     let mut out = vec![T::of(0.0); dim];
     for &(k_pos, score) in &scores {
-        let weight = (score - max).exp() / total;
+        let weight = round_weight((score - max).exp());
         for d in 0..dim {
             out[d] += weight * T::of(values[k_pos][d] as f64);
         }
     }
+    out.iter_mut().for_each(|o| *o = *o / total);
     (out.into_iter().map(T::f64).collect(), (max + total.ln()).f64())
 }
 

@@ -8,7 +8,9 @@
 
 use std::f32::consts::{LN_2, LOG2_E};
 
-use ferroflash_kernels::abi::{KV_BLOCK, MergeItem, NO_PARTIAL, ScoreParams, Sequence, WorkItem};
+use ferroflash_kernels::abi::{
+    KV_BLOCK, MergeItem, NO_PARTIAL, ScoreParams, Sequence, WorkItem, partial_stride,
+};
 
 use super::convert::{load_row_as, store_row_as};
 use super::kv_rows::KvRows;
@@ -21,7 +23,7 @@ use crate::layout::Layout;
 use crate::plan::Plan;
 
 pub(super) fn attention(cpu: &Cpu, call: AttentionCall<'_>) {
-    let AttentionCall { spec, plan, partials, q, kv, mut out, mut lse } = call;
+    let AttentionCall { op: _, spec, plan, workspace: partials, q, kv, mut out, mut lse } = call;
     let head_dim = spec.head_dim;
     let kernel = Kernel {
         plan,
@@ -47,11 +49,6 @@ pub(super) fn attention(cpu: &Cpu, call: AttentionCall<'_>) {
             cpu.level.run(Merge { kernel: &kernel, item: &plan.merges[i], scratch });
         });
     });
-}
-
-/// f32 of one row of partial states: unnormalised O, then a vector with row maximum and sum.
-pub(crate) fn partial_stride(head_dim: usize) -> usize {
-    pad(head_dim) + 16
 }
 
 /// Rows of scratch are padded to whole vectors of the widest set.

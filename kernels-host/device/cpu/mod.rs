@@ -22,7 +22,9 @@ use super::backend::*;
 use super::host::Memory;
 use super::{DeviceId, Storage};
 use crate::error::{Error, Result};
-pub(crate) use attend::partial_stride;
+use crate::plan::{Plan, Schedule};
+use crate::spec::AttentionSpec;
+use ferroflash_kernels::abi::partial_stride;
 pub use simd::SimdLevel;
 
 /// Settings of a CPU device.
@@ -63,6 +65,10 @@ impl Cpu {
             }
         };
         Ok(Cpu { pool, level })
+    }
+
+    fn workers(&self) -> usize {
+        self.pool.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads())
     }
 
     /// Calls `f` for `0..n`, each index once, on as many threads as help; early indices start first.
@@ -108,8 +114,8 @@ impl Backend for Cpu {
         format!("cpu, {} threads, {:?}", self.workers(), self.level)
     }
 
-    fn workers(&self) -> usize {
-        self.pool.as_ref().map_or_else(rayon::current_num_threads, |pool| pool.current_num_threads())
+    fn schedule(&self) -> Schedule {
+        Schedule { workers: self.workers(), scratch: false }
     }
 
     fn enter(&self, f: &mut (dyn FnMut() + Send)) {
@@ -138,6 +144,10 @@ impl Backend for Cpu {
             to.copy_from_slice(from);
         }
         Ok(())
+    }
+
+    fn plan_attention(&self, spec: &AttentionSpec, plan: &Plan) -> Result<Storage> {
+        self.alloc(4 * plan.partial_rows * partial_stride(spec.head_dim))
     }
 
     fn attention(&self, call: AttentionCall<'_>) -> Result<()> {

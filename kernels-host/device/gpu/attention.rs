@@ -1,0 +1,173 @@
+//! Attention on a GPU: where a plan lies in device memory, and its launches.
+
+use ferroflash_kernels::abi::{
+    AttentionParams, DECODE_ROWS, Divisor, MergeItem, MergePartialsParams, Sequence, WorkItem,
+};
+
+use super::Gpu;
+use super::driver::{Launch, bytes, words};
+use super::params::{aligned, page_rows, ragged_rows, same_half, token_rows};
+use crate::device::{AttentionCall, Storage};
+use crate::error::Result;
+use crate::kv_cache::Kv;
+use crate::plan::Plan;
+use crate::spec::AttentionSpec;
+use crate::tensor::DType;
+
+/// Rows of a merge that a CTA takes.
+const MERGE_ROWS: u32 = 4;
+
+/// Kernels by head_dim, the smallest that holds a row.
+const HEAD_DIMS: [usize; 5] = [64, 96, 128, 192, 256];
+
+type Family = [[&'static str; 5]; 2];
+
+const PREFILL: Family = [
+    ["prefill_f16_d64", "prefill_f16_d96", "prefill_f16_d128", "prefill_f16_d192", "prefill_f16_d256"],
+    ["prefill_bf16_d64", "prefill_bf16_d96", "prefill_bf16_d128", "prefill_bf16_d192", "prefill_bf16_d256"],
+];
+const DECODE: Family = [
+    ["decode_f16_d64", "decode_f16_d96", "decode_f16_d128", "decode_f16_d192", "decode_f16_d256"],
+    ["decode_bf16_d64", "decode_bf16_d96", "decode_bf16_d128", "decode_bf16_d192", "decode_bf16_d256"],
+];
+
+fn entry(family: &'static Family, dtype: DType, head_dim: usize) -> &'static str {
+    let size = HEAD_DIMS.iter().position(|&d| head_dim <= d).unwrap_or(HEAD_DIMS.len() - 1);
+    family[(dtype == DType::BF16) as usize][size]
+}
+
+/// Offsets of a plan's parts in its workspace; items of few rows come first.
+pub(super) struct Workspace {
+    pub(super) items: usize,
+    merges: usize,
+    pub(super) sequences: usize,
+    pub(super) pages: usize,
+    tree_mask: usize,
+    alibi_slopes: usize,
+    sink_logits: usize,
+    /// Everything before is uploaded.
+    partials: usize,
+    pub(super) bytes: usize,
+}
+
+impl Workspace {
+    pub(super) fn new(spec: &AttentionSpec, plan: &Plan) -> Self {
+        let mut end = 0;
+        let mut place = |bytes: usize| {
+            let at = end;
+            end = (end + bytes).next_multiple_of(256);
+            at
+        };
+        let floats = |x: &Option<Vec<f32>>| 4 * x.as_ref().map_or(0, Vec::len);
+        let mut w = Workspace {
+            items: place(size_of::<WorkItem>() * plan.items.len()),
+            merges: place(size_of::<MergeItem>() * plan.merges.len()),
+            sequences: place(size_of::<Sequence>() * plan.sequences.len()),
+            pages: place(4 * plan.pages.len()),
+            tree_mask: place(4 * plan.tree_mask.len()),
+            alibi_slopes: place(floats(&spec.alibi_slopes)),
+            sink_logits: place(floats(&spec.sink_logits)),
+            partials: place(0),
+            bytes: 0,
+        };
+        w.bytes = end + 4 * plan.partial_rows * ferroflash_kernels::abi::partial_stride(spec.head_dim);
+        w
+    }
+
+    fn fill(&self, spec: &AttentionSpec, plan: &Plan) -> Vec<u8> {
+        let mut data = vec![0u8; self.partials];
+        let mut put = |at: usize, from: &[u8]| data[at..at + from.len()].copy_from_slice(from);
+        let (few, many): (Vec<&WorkItem>, Vec<&WorkItem>) = plan.items.iter().partition(|i| is_few(i));
+        for (i, item) in few.into_iter().chain(many).enumerate() {
+            put(self.items + i * size_of::<WorkItem>(), bytes(std::slice::from_ref(item)));
+        }
+        put(self.merges, bytes(&plan.merges));
+        put(self.sequences, bytes(&plan.sequences));
+        put(self.pages, bytemuck::cast_slice(&plan.pages));
+        put(self.tree_mask, bytemuck::cast_slice(&plan.tree_mask));
+        put(self.alibi_slopes, bytemuck::cast_slice(spec.alibi_slopes.as_deref().unwrap_or(&[])));
+        put(self.sink_logits, bytemuck::cast_slice(spec.sink_logits.as_deref().unwrap_or(&[])));
+        data
+    }
+}
+
+fn is_few(item: &WorkItem) -> bool {
+    item.row_end - item.row_start <= DECODE_ROWS as u32
+}
+
+impl Gpu {
+    pub(super) fn plan_workspace(&self, spec: &AttentionSpec, plan: &Plan) -> Result<Storage> {
+        let workspace = Workspace::new(spec, plan);
+        let memory = self.memory(workspace.bytes)?;
+        self.driver.upload(&workspace.fill(spec, plan), memory.at())?;
+        Ok(Storage::Device(memory))
+    }
+
+    pub(super) fn run_attention(&self, call: AttentionCall<'_>) -> Result<()> {
+        let AttentionCall { op, spec, plan, workspace: storage, q, kv, out, lse } = call;
+        let out_view = out.as_view();
+        let (k, v) = match kv {
+            Kv::Ragged { k, v } | Kv::Paged { k, v } => (k, v),
+            Kv::Int4(_) => {
+                return Err(crate::Error::dtype(op, "kv", "f16 or bf16 on a GPU", "int4"));
+            }
+        };
+        let dtype = same_half(op, &[("q", &q), ("k", &k), ("v", &v), ("out", &out_view)])?;
+        for (what, view, bytes) in [("q", &q, 16), ("k", &k, 16), ("v", &v, 16), ("out", &out_view, 4)] {
+            aligned(op, what, view, bytes)?;
+        }
+        let rows = |view| if plan.page_size == 0 { ragged_rows(view) } else { page_rows(view) };
+        let workspace = Workspace::new(spec, plan);
+        let at = |offset: usize| storage.address() + offset as u64;
+        let optional = |there: bool, offset: usize| if there { at(offset) } else { 0 };
+        let group = Divisor::new(spec.group() as u32);
+        let lse = token_rows(lse.as_ref().map(|lse| lse.0.as_view()).as_ref());
+        let sink_logits = optional(spec.sink_logits.is_some(), workspace.sink_logits);
+        let mut params = AttentionParams {
+            q: token_rows(Some(&q)),
+            out: token_rows(Some(&out_view)),
+            lse,
+            k: rows(&k),
+            v: rows(&v),
+            items: at(workspace.items),
+            sequences: at(workspace.sequences),
+            pages: at(workspace.pages),
+            tree_mask: at(workspace.tree_mask),
+            alibi_slopes: optional(spec.alibi_slopes.is_some(), workspace.alibi_slopes),
+            sink_logits,
+            partials: at(workspace.partials),
+            score: spec.score_params(),
+            group,
+            page_size: Divisor::new(plan.page_size as u32),
+            head_dim: spec.head_dim as u32,
+            section: plan.section as u32,
+            reserved: 0,
+        };
+        let few = plan.items.iter().filter(|i| is_few(i)).count();
+        self.launch(entry(&DECODE, dtype, spec.head_dim), [few, 1], words(&params))?;
+        params.items += (few * size_of::<WorkItem>()) as u64;
+        self.launch(entry(&PREFILL, dtype, spec.head_dim), [plan.items.len() - few, 1], words(&params))?;
+
+        let most_rows = plan.merges.iter().map(|m| m.row_end - m.row_start).max().unwrap_or(0);
+        let merge = MergePartialsParams {
+            out: params.out,
+            lse,
+            items: at(workspace.merges),
+            sequences: params.sequences,
+            sink_logits,
+            partials: params.partials,
+            group,
+            head_dim: spec.head_dim as u32,
+        };
+        let name = if dtype == DType::BF16 { "merge_partials_bf16" } else { "merge_partials_f16" };
+        self.launch(name, [plan.merges.len(), most_rows.div_ceil(MERGE_ROWS) as usize], words(&merge))
+    }
+
+    /// A launch of no CTAs is none.
+    pub(super) fn launch(&self, entry: &'static str, grid: [usize; 2], params: &[u64]) -> Result<()> {
+        if grid.contains(&0) {
+            return Ok(());
+        }
+        self.driver.launch(Launch { entry, grid: grid.map(|n| n as u32), params })
+    }
+}

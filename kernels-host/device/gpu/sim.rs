@@ -1,0 +1,92 @@
+//! The simulator as a driver.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use ferroflash_kernels::kernels::ENTRIES;
+use ferroflash_kernels::sim::{self, Kernel, Memory, Stats};
+
+use super::driver::{Driver, Launch};
+use crate::device::DeviceId;
+use crate::error::{Error, Result};
+
+static NEXT: AtomicU64 = AtomicU64::new(0);
+
+/// A simulated GPU with memory of its own.
+pub(crate) struct SimDriver {
+    number: u64,
+    seed: u64,
+    memory: Memory,
+    launches: AtomicU64,
+    stats: Mutex<Stats>,
+}
+
+impl SimDriver {
+    pub(crate) fn new(seed: u64) -> Self {
+        SimDriver {
+            number: NEXT.fetch_add(1, Ordering::Relaxed),
+            seed,
+            memory: Memory::default(),
+            launches: AtomicU64::new(0),
+            stats: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
+        self.stats.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn error(&self, kernel: &str, why: String) -> Error {
+        Error::Kernel { device: self.id().to_string(), kernel: kernel.into(), why }
+    }
+}
+
+impl Driver for SimDriver {
+    fn id(&self) -> DeviceId {
+        DeviceId::Sim(self.number)
+    }
+
+    fn description(&self) -> String {
+        format!("simulated GPU, sm_80 kernels, seed {}", self.seed)
+    }
+
+    fn processors(&self) -> usize {
+        // Few enough that plans of small tests are both split and not.
+        4
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<u64> {
+        let at = self.memory.alloc(bytes, true);
+        at.ok_or_else(|| Error::OutOfMemory { device: self.id().to_string(), bytes: bytes as u128 })
+    }
+
+    fn free(&self, at: u64) {
+        self.memory.free(at);
+    }
+
+    fn upload(&self, from: &[u8], to: u64) -> Result<()> {
+        self.memory.upload(from, to).map_err(|why| self.error("upload", why))
+    }
+
+    fn download(&self, from: u64, to: &mut [u8]) -> Result<()> {
+        self.memory.download(from, to).map_err(|why| self.error("download", why))
+    }
+
+    fn launch(&self, launch: Launch<'_>) -> Result<()> {
+        let Some(entry) = ENTRIES.iter().find(|e| e.name == launch.entry) else {
+            return Err(self.error(launch.entry, "no such entry".into()));
+        };
+        let kernel = Kernel {
+            name: entry.name,
+            threads: entry.threads,
+            shared_bytes: entry.shared_bytes,
+            run: entry.run,
+        };
+        let number = self.launches.fetch_add(1, Ordering::Relaxed);
+        let job = sim::Launch { kernel, grid: launch.grid, params: launch.params, seed: self.seed, number };
+        let stats =
+            sim::launch(&self.memory, &job).map_err(|fault| self.error(entry.name, fault.to_string()))?;
+        self.stats.lock().unwrap_or_else(PoisonError::into_inner).add(&stats);
+        Ok(())
+    }
+}
