@@ -229,6 +229,366 @@ pub const DECODE_ROWS: usize = 16;
 /// Packed query rows of one prefill tile.
 pub const PREFILL_ROWS: usize = 128;
 
+/// Element types of [`Rows`].
+pub mod element {
+    /// 32-bit float.
+    pub const F32: u32 = 0;
+    /// IEEE half.
+    pub const F16: u32 = 1;
+    /// bfloat16.
+    pub const BF16: u32 = 2;
+}
+
+/// Rows `[outer, inner]` of contiguous elements of any float type; strides in bytes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rows {
+    /// Device address; 0: none.
+    pub base: u64,
+    /// Bytes from outer index to outer index.
+    pub outer: u64,
+    /// Bytes from inner index to inner index.
+    pub inner: u64,
+    /// An [`element`].
+    pub dtype: u32,
+    /// Inner indices.
+    pub num_inner: u32,
+}
+
+impl Rows {
+    /// No rows.
+    pub const NONE: Rows = Rows { base: 0, outer: 0, inner: 0, dtype: 0, num_inner: 1 };
+}
+
+/// `rms_norm`: a CTA per row.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RmsNormParams {
+    /// Input.
+    pub x: Rows,
+    /// Added to the input, and given the sum; or none.
+    pub residual: Rows,
+    /// One row.
+    pub weight: Rows,
+    /// Output.
+    pub out: Rows,
+    /// Elements of a row.
+    pub dim: u32,
+    /// Added to the mean square.
+    pub eps: f32,
+}
+
+/// `silu_mul`: a CTA per row.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SiluMulParams {
+    /// Rows of `2 * dim`: gate, then up.
+    pub gate_up: Rows,
+    /// Output.
+    pub out: Rows,
+    /// Elements of an output row.
+    pub dim: u32,
+    /// Keeps the size a multiple of 8.
+    pub reserved: u32,
+}
+
+/// `embedding`: a CTA per id.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct EmbeddingParams {
+    /// Table.
+    pub table: Rows,
+    /// Output.
+    pub out: Rows,
+    /// u32 row numbers.
+    pub ids: u64,
+    /// Elements of a row.
+    pub dim: u32,
+    /// Keeps the size a multiple of 8.
+    pub reserved: u32,
+}
+
+/// Most states that one merge takes.
+pub const MERGE_STATES: usize = 16;
+
+/// `merge_states`: a warp per row `[token, head]`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MergeStatesParams {
+    /// O of each state.
+    pub o: [Rows; MERGE_STATES],
+    /// Natural-log LSE of each state, f32 elements as rows of one.
+    pub lse: [Rows; MERGE_STATES],
+    /// Merged O.
+    pub out: Rows,
+    /// Merged LSE.
+    pub out_lse: Rows,
+    /// States in use.
+    pub num_states: u32,
+    /// Rows, `tokens * heads`.
+    pub num_rows: u32,
+    /// Elements of a row.
+    pub dim: u32,
+    /// Keeps the size a multiple of 8.
+    pub reserved: u32,
+}
+
+/// Slot of a token that is not written.
+pub const SKIP_SLOT: u64 = u64::MAX;
+
+/// What rotates a token's heads.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RopeParams {
+    /// f32 `[tokens, rotary_dim / 2]`.
+    pub cos: u64,
+    /// f32, as `cos`.
+    pub sin: u64,
+    /// Channels that are rotated; 0: none.
+    pub rotary_dim: u32,
+    /// 1: channel `2 i` with `2 i + 1`; 0: channel `i` with `i + rotary_dim / 2`.
+    pub interleaved: u32,
+}
+
+/// `append_kv`: a warp per head of a token: query heads, key heads, value heads.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AppendParams {
+    /// Queries, rotated in place; or none.
+    pub q: Rows,
+    /// New keys and values.
+    pub k: Rows,
+    /// As `k`.
+    pub v: Rows,
+    /// Pages; their type is `kv_dtype`. With no address K and V are not written.
+    pub k_pages: PageRows,
+    /// As `k_pages`.
+    pub v_pages: PageRows,
+    /// u64 per token: `page * page_size + offset`, or [`SKIP_SLOT`].
+    pub slots: u64,
+    /// Angles.
+    pub rope: RopeParams,
+    /// Tokens per page.
+    pub page_size: u32,
+    /// An [`element`].
+    pub kv_dtype: u32,
+    /// Query heads, 0 without queries.
+    pub num_q_heads: u32,
+    /// Key heads.
+    pub num_kv_heads: u32,
+    /// Channels.
+    pub head_dim: u32,
+    /// Keeps the size a multiple of 8.
+    pub reserved: u32,
+}
+
+/// A page whose summary is to be made anew.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TouchedPage {
+    /// Page number.
+    pub page: u32,
+    /// Tokens in it.
+    pub tokens: u32,
+}
+
+/// `page_summaries`: a CTA per touched page (x) and KV head (y).
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SummaryParams {
+    /// Key pages.
+    pub k_pages: PageRows,
+    /// f32 `[page, head, minimum or maximum, channel]`.
+    pub summaries: PageRows,
+    /// [`TouchedPage`]s.
+    pub touched: u64,
+    /// An [`element`], of the keys.
+    pub kv_dtype: u32,
+    /// Channels.
+    pub head_dim: u32,
+}
+
+/// Where int4 pages are; see the host's `Int4Pages` for the layout.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Int4Rows {
+    /// Codes, a byte for channels `i` and `i + head_dim / 2`.
+    pub k_codes: PageRows,
+    /// f16 minima, then scales, per group of tokens.
+    pub k_params: PageRows,
+    /// As `k_codes`.
+    pub v_codes: PageRows,
+    /// f16 minima, then scales, per token.
+    pub v_params: PageRows,
+    /// f16 `[tail, head, token in group, channel]`.
+    pub k_tail: PageRows,
+    /// As `k_tail`.
+    pub v_tail: PageRows,
+}
+
+/// A group of tokens that an append completes.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Int4Group {
+    /// Slot of the group's first token.
+    pub slot: u64,
+    /// The group's last token in the batch.
+    pub last_token: u32,
+    /// Tokens of the group that are in the batch; those before them are in the tail.
+    pub new_tokens: u32,
+    /// The sequence's tail.
+    pub tail: u32,
+    /// Keeps the size a multiple of 8.
+    pub reserved: u32,
+}
+
+/// A token that goes into a tail.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Int4TailToken {
+    /// Token in the batch.
+    pub token: u32,
+    /// Tail.
+    pub tail: u32,
+    /// Token in the group.
+    pub in_group: u32,
+    /// Keeps the size a multiple of 8.
+    pub reserved: u32,
+}
+
+/// `quantize_int4`: a CTA per completed group (x) and KV head (y). `append_tail_int4`: a warp per tail token
+/// and head.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Int4AppendParams {
+    /// New keys.
+    pub k: Rows,
+    /// New values.
+    pub v: Rows,
+    /// Pages.
+    pub pages: Int4Rows,
+    /// Angles of the keys.
+    pub rope: RopeParams,
+    /// [`Int4Group`]s.
+    pub groups: u64,
+    /// [`Int4TailToken`]s.
+    pub tail_tokens: u64,
+    /// Entries of `tail_tokens`.
+    pub num_tail_tokens: u32,
+    /// Tokens per page.
+    pub page_size: u32,
+    /// Key heads.
+    pub num_kv_heads: u32,
+    /// Channels.
+    pub head_dim: u32,
+    /// Channels that share a V scale.
+    pub v_group: u32,
+    /// Keeps the size a multiple of 8.
+    pub reserved: u32,
+}
+
+/// `dequantize_int4`: a warp per token, over x; KV head in y.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Int4DequantParams {
+    /// Pages.
+    pub pages: Int4Rows,
+    /// f32 `[page, head, token, channel]`.
+    pub k: PageRows,
+    /// As `k`.
+    pub v: PageRows,
+    /// Pages in all.
+    pub num_pages: u32,
+    /// Tokens per page.
+    pub page_size: u32,
+    /// Channels.
+    pub head_dim: u32,
+    /// Channels that share a V scale.
+    pub v_group: u32,
+}
+
+/// One KV head of one sequence, to score or to choose pages of.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SelectItem {
+    /// Its pages in the list of all.
+    pub pages: u64,
+    /// Its scores.
+    pub scores: u64,
+    /// Its list of chosen pages.
+    pub chosen: u64,
+    /// Query token.
+    pub q_token: u32,
+    /// KV head.
+    pub kv_head: u32,
+    /// Pages.
+    pub num_pages: u32,
+    /// Pages to choose, at most `num_pages`.
+    pub count: u32,
+}
+
+/// `score_pages`: a warp per page, over x; item in y. `top_k_pages`: a CTA per item, in x.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SelectParams {
+    /// Queries.
+    pub q: Rows,
+    /// f32 `[page, head, minimum or maximum, channel]`.
+    pub summaries: PageRows,
+    /// [`SelectItem`]s.
+    pub items: u64,
+    /// All pages of all sequences, u32.
+    pub pages: u64,
+    /// f32 per page and head.
+    pub scores: u64,
+    /// The lists that are written, u32.
+    pub chosen: u64,
+    /// Query heads per KV head.
+    pub group: u32,
+    /// Channels.
+    pub head_dim: u32,
+    /// First pages that are always chosen.
+    pub sinks: u32,
+    /// Last pages that are always chosen.
+    pub recent: u32,
+    /// 1: a negative softmax scale turns the order of scores.
+    pub negate: u32,
+    /// Keeps the size a multiple of 8.
+    pub reserved: u32,
+}
+
+/// How one row's next token is drawn.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SampleRow {
+    /// Uniform random bits for the draw.
+    pub random: u64,
+    /// 0: the largest logit.
+    pub temperature: f32,
+    /// 0: all.
+    pub top_k: u32,
+    /// 1: all.
+    pub top_p: f32,
+    /// 0: all.
+    pub min_p: f32,
+}
+
+/// `sample`: a CTA per row.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SampleParams {
+    /// Logits.
+    pub logits: Rows,
+    /// [`SampleRow`]s.
+    pub rows: u64,
+    /// u32 per row: the result.
+    pub ids: u64,
+    /// Logits of a row.
+    pub vocab: u32,
+    /// Keeps the size a multiple of 8.
+    pub reserved: u32,
+}
+
 /// Data that the device is given as bytes.
 ///
 /// # Safety
@@ -250,4 +610,19 @@ plain! {
     MergeItem: 24,
     Sequence: 56,
     ScoreParams: 20,
+    RmsNormParams: 136,
+    SiluMulParams: 72,
+    EmbeddingParams: 80,
+    MergeStatesParams: 1104,
+    AppendParams: 216,
+    TouchedPage: 8,
+    SummaryParams: 80,
+    Int4Group: 24,
+    Int4TailToken: 16,
+    Int4AppendParams: 320,
+    Int4DequantParams: 272,
+    SelectItem: 40,
+    SelectParams: 120,
+    SampleRow: 24,
+    SampleParams: 56,
 }

@@ -90,6 +90,20 @@ pub fn mul_hi(a: u32, b: u32) -> u32 {
     ((a as u64 * b as u64) >> 32) as u32
 }
 
+/// `div.u32` and `rem.u32`; 0 and `a` for a divisor of 0, for a panic is not to be had.
+#[inline(always)]
+pub fn div_rem(a: u32, b: u32) -> (u32, u32) {
+    let quotient = a.checked_div(b).unwrap_or(0);
+    (quotient, a - quotient * b)
+}
+
+/// `div.u64` and `rem.u64`, as [`div_rem`].
+#[inline(always)]
+pub fn div_rem_u64(a: u64, b: u64) -> (u64, u64) {
+    let quotient = a.checked_div(b).unwrap_or(0);
+    (quotient, a - quotient * b)
+}
+
 /// `cvt.rn.f16x2.f32`: two f32 to f16, nearest even, `low` in the low half.
 #[inline(always)]
 pub fn pack_f16x2(low: f32, high: f32) -> F16x2 {

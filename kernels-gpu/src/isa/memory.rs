@@ -131,6 +131,22 @@ pub unsafe fn atom_add_shared(at: u32, x: u32) -> u32 {
     sim::atom_add_shared(at, x)
 }
 
+/// `atom.shared.add.u64`, the old value left.
+///
+/// # Safety
+/// As [`atom_add_shared`].
+#[inline(always)]
+#[track_caller]
+pub unsafe fn atom_add_shared_u64(at: u32, x: u64) {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: the caller's promise.
+    unsafe {
+        core::arch::asm!("{{.reg .b64 d; atom.shared.add.u64 d, [{at}], {x};}}", at = in(reg32) at, x = in(reg64) x, options(nostack))
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    sim::atom_add_shared_u64(at, x);
+}
+
 /// `atom.global.add.u32`: gives the old value.
 ///
 /// # Safety

@@ -1,8 +1,14 @@
 //! The kernels, and the table of their entries.
 
+mod append_kv;
 mod decode;
+mod int4;
+mod layer;
 mod merge_partials;
+mod merge_states;
 mod prefill;
+mod sample;
+mod select_pages;
 
 use crate::abi::*;
 use crate::tile::{BF16, F16};
@@ -96,4 +102,16 @@ entries! {
     "decode" decode_bf16_d256(AttentionParams) = decode::body::<BF16, 32, 8, 2>, decode::Config<32, 2>;
     "merge" merge_partials_f16(MergePartialsParams) = merge_partials::body::<F16>, merge_partials::Config;
     "merge" merge_partials_bf16(MergePartialsParams) = merge_partials::body::<BF16>, merge_partials::Config;
+    "merge" merge_states(MergeStatesParams) = merge_states::body, merge_states::Config;
+    "append_kv" append_kv(AppendParams) = append_kv::append, append_kv::Config;
+    "append_kv" page_summaries(SummaryParams) = append_kv::summaries, append_kv::Config;
+    "int4" append_tail_int4(Int4AppendParams) = int4::append_tail, int4::RowConfig;
+    "int4" quantize_int4(Int4AppendParams) = int4::quantize, int4::QuantizeConfig;
+    "int4" dequantize_int4(Int4DequantParams) = int4::dequantize, int4::RowConfig;
+    "select_pages" score_pages(SelectParams) = select_pages::score, select_pages::ScoreConfig;
+    "select_pages" top_k_pages(SelectParams) = select_pages::top_k, select_pages::TopKConfig;
+    "layer" rms_norm(RmsNormParams) = layer::rms_norm, layer::Config;
+    "layer" silu_mul(SiluMulParams) = layer::silu_mul, layer::Config;
+    "layer" embedding(EmbeddingParams) = layer::embedding, layer::Config;
+    "sample" sample(SampleParams) = sample::body, sample::Config;
 }

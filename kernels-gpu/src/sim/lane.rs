@@ -281,9 +281,19 @@ pub(crate) fn atom_add_shared(at: u32, x: u32) -> u32 {
     let line = Location::caller();
     with(|cta, thread| {
         let stamp = cta.stamp(thread);
-        let old = cta.shared.atomic_add(at, x, stamp);
-        cta.check(thread, line, old)
+        let old = cta.shared.atomic_add(at, x as u64, 1, stamp);
+        cta.check(thread, line, old) as u32
     })
+}
+
+#[track_caller]
+pub(crate) fn atom_add_shared_u64(at: u32, x: u64) {
+    let line = Location::caller();
+    with(|cta, thread| {
+        let stamp = cta.stamp(thread);
+        let old = cta.shared.atomic_add(at, x, 2, stamp);
+        cta.check(thread, line, old);
+    });
 }
 
 #[track_caller]

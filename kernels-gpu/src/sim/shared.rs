@@ -159,15 +159,17 @@ impl Shared {
         Ok(())
     }
 
-    pub(super) fn atomic_add(&mut self, at: u32, x: u32, now: Stamp) -> Result<u32, String> {
-        let first = self.locate(at, 4)?;
-        let word = self.shadow[first];
-        if !word.written {
+    /// Adds to one word, or to two as one number; gives the old value.
+    pub(super) fn atomic_add(&mut self, at: u32, x: u64, words: usize, now: Stamp) -> Result<u64, String> {
+        let first = self.locate(at, 4 * words as u32)?;
+        if self.shadow[first..first + words].iter().any(|w| !w.written) {
             return Err(format!("atomic on unwritten shared memory at {at:#x}"));
         }
-        self.claim(first, 1, at, now, true)?;
-        let old = self.data[first];
-        self.data[first] = old.wrapping_add(x);
+        self.claim(first, words, at, now, true)?;
+        let data = &mut self.data[first..first + words];
+        let old = data.iter().rev().fold(0u64, |all, &w| all << 32 | w as u64);
+        let new = old.wrapping_add(x);
+        data.iter_mut().enumerate().for_each(|(i, w)| *w = (new >> (32 * i)) as u32);
         Ok(old)
     }
 

@@ -1,5 +1,6 @@
 //! Data in the shapes that tensor cores want.
 
+pub(crate) mod elements;
 pub mod fragment;
 mod half_type;
 mod shared_tile;

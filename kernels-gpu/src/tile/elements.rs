@@ -1,0 +1,91 @@
+//! Rows of any float type, element by element; and what a CTA reduces over its warps.
+
+use crate::abi::{PageRows, Rows, element};
+use crate::isa;
+
+/// Element `i` of a row, as f32.
+///
+/// # Safety
+/// The row has it, and nobody writes it meanwhile.
+#[inline(always)]
+#[track_caller]
+pub(crate) unsafe fn load(row: u64, dtype: u32, i: u32) -> f32 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match dtype {
+            element::F32 => f32::from_bits(isa::ld_global_1(row + 4 * i as u64)[0]),
+            element::F16 => isa::f16x2_to_f32(isa::ld_global_u16(row + 2 * i as u64)).0,
+            _ => f32::from_bits(isa::ld_global_u16(row + 2 * i as u64) << 16),
+        }
+    }
+}
+
+/// Writes element `i` of a row, rounded to nearest even.
+///
+/// # Safety
+/// The row has it, and nobody else touches it meanwhile.
+#[inline(always)]
+#[track_caller]
+pub(crate) unsafe fn store(row: u64, dtype: u32, i: u32, x: f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match dtype {
+            element::F32 => isa::st_global_1(row + 4 * i as u64, [x.to_bits()]),
+            element::F16 => isa::st_global_u16(row + 2 * i as u64, isa::pack_f16x2(x, 0.0)),
+            _ => isa::st_global_u16(row + 2 * i as u64, isa::pack_bf16x2(x, 0.0)),
+        }
+    }
+}
+
+impl Rows {
+    /// Address of row `i`, counted over both indices.
+    #[inline(always)]
+    pub(crate) fn at(&self, i: u32) -> u64 {
+        let (outer, inner) = if self.num_inner == 1 { (i, 0) } else { isa::div_rem(i, self.num_inner) };
+        self.base + outer as u64 * self.outer + inner as u64 * self.inner
+    }
+}
+
+impl PageRows {
+    /// Address of a row.
+    #[inline(always)]
+    pub(crate) fn at(&self, page: u32, head: u32, token: u32) -> u64 {
+        self.base + page as u64 * self.page + head as u64 * self.head + token as u64 * self.token
+    }
+}
+
+/// The sum over a warp, in all lanes.
+#[inline(always)]
+#[track_caller]
+pub(crate) fn warp_sum(mut x: f32) -> f32 {
+    for mask in [1, 2, 4, 8, 16] {
+        x += f32::from_bits(isa::shfl_bfly(x.to_bits(), mask));
+    }
+    x
+}
+
+/// `op` over all lanes of a CTA of at most 1024, in all of them. `at`: a word of shared memory per warp.
+///
+/// # Safety
+/// The words are this call's own until the CTA's next barrier.
+#[inline(always)]
+#[track_caller]
+pub(crate) unsafe fn cta_reduce(mut x: u32, threads: u32, at: u32, op: impl Fn(u32, u32) -> u32) -> u32 {
+    for mask in [1, 2, 4, 8, 16] {
+        x = op(x, isa::shfl_bfly(x, mask));
+    }
+    let (warp, lane) = (isa::thread_x() / 32, isa::thread_x() % 32);
+    // SAFETY: the caller's promise.
+    unsafe {
+        if lane == 0 {
+            isa::st_shared_1(at + 4 * warp, [x]);
+        }
+        isa::bar_sync();
+        let mut all = isa::ld_shared_1(at)[0];
+        for w in 1..threads / 32 {
+            all = op(all, isa::ld_shared_1(at + 4 * w)[0]);
+        }
+        isa::bar_sync();
+        all
+    }
+}
