@@ -65,7 +65,8 @@ fn main() -> ferroflash::Result<()> {
 
     let (dense, sparse) = (dense.to_vec::<f32>()?, sparse.to_vec::<f32>()?);
     let difference = dense.iter().zip(&sparse).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
-    let common = plan.chosen(0, 0).iter().filter(|page| plan.chosen(0, 1).contains(page)).count();
+    let (first, second) = (plan.chosen(0, 0)?, plan.chosen(0, 1)?);
+    let common = first.iter().filter(|page| second.contains(page)).count();
     println!(
         "64 of {} pages; largest difference {difference:.2e}; {common} pages in common",
         page_table.len()

@@ -5,9 +5,9 @@ mod common;
 use std::f64::consts::PI;
 
 use common::reference::rotate;
-use common::{Rng, close, devices};
+use common::{Rng, close, devices, on};
 use ferroflash::op::append_kv::AppendPlan;
-use ferroflash::{AttentionSpec, KvMut, RopeScaling, RopeSpec, RopeStyle, View, ViewMut};
+use ferroflash::{AttentionSpec, KvMut, RopeScaling, RopeSpec, RopeStyle};
 
 /// A scaling, the frequency of each pair, and the factor on cos and sin.
 type RopeCase = (RopeScaling, Box<dyn Fn(usize) -> f64>, f64);
@@ -99,20 +99,17 @@ fn append_rotates_and_writes_to_slots() {
                 let plan = AppendPlan::from_slots(&device, &spec, Some(&rope), page_size, &slots, &positions)
                     .unwrap();
                 let shape = [3, kv_heads, page_size, dim];
-                let mut k_pages = vec![f32::NAN; shape.iter().product()];
-                let mut v_pages = k_pages.clone();
-                let mut q_out = q.clone();
+                let unset = vec![f32::NAN; shape.iter().product()];
+                let (mut k_pages, mut v_pages) = (on(&device, &unset, &shape), on(&device, &unset, &shape));
+                let mut q_out = on(&device, &q, &[tokens, q_heads, dim]);
                 plan.run(
-                    Some(ViewMut::from_slice(&mut q_out, &[tokens, q_heads, dim]).unwrap()),
-                    View::from_slice(&k, &[tokens, kv_heads, dim]).unwrap(),
-                    View::from_slice(&v, &[tokens, kv_heads, dim]).unwrap(),
-                    KvMut::Paged {
-                        k: ViewMut::from_slice(&mut k_pages, &shape).unwrap(),
-                        v: ViewMut::from_slice(&mut v_pages, &shape).unwrap(),
-                        summaries: None,
-                    },
+                    Some(q_out.view_mut()),
+                    on(&device, &k, &[tokens, kv_heads, dim]).view(),
+                    on(&device, &v, &[tokens, kv_heads, dim]).view(),
+                    KvMut::Paged { k: k_pages.view_mut(), v: v_pages.view_mut(), summaries: None },
                 )
                 .unwrap();
+                let [q_out, k_pages, v_pages] = [q_out, k_pages, v_pages].map(|t| t.to_vec::<f32>().unwrap());
                 for token in 0..tokens {
                     for head in 0..q_heads {
                         let at = (token * q_heads + head) * dim;

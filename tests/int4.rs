@@ -4,82 +4,67 @@ mod common;
 
 use common::cases::compare;
 use common::reference::{Features, attend};
-use common::{Rng, devices, rounded};
+use common::{Elements, Rng, devices, is_gpu, on, rounded};
 use ferroflash::op::append_kv::AppendPlan;
 use ferroflash::op::attention::AttentionPlan;
 use ferroflash::op::int4;
 use ferroflash::{
-    AttentionSpec, Batch, DType, INT4_GROUP, Int4Pages, Int4PagesMut, Kv, KvMut, KvTable, Splits, View,
-    ViewMut,
+    AttentionSpec, Batch, DType, Device, INT4_GROUP, Int4Pages, Int4PagesMut, Kv, KvMut, KvTable, Splits, Tensor,
 };
 use half::f16;
 
-/// int4 pages in the test's own memory.
+/// int4 pages on a device, and their last copy on the host.
 struct Int4Memory {
+    tensors: [Tensor; 6],
     codes: [Vec<u8>; 2],
     params: [Vec<f16>; 2],
-    tails: [Vec<f16>; 2],
-    num_pages: usize,
     heads: usize,
     page_size: usize,
     dim: usize,
     v_group: usize,
-    num_tails: usize,
 }
 
 impl Int4Memory {
-    fn new(num_pages: usize, heads: usize, page_size: usize, dim: usize, num_tails: usize) -> Self {
+    fn new(
+        device: &Device,
+        num_pages: usize,
+        heads: usize,
+        page_size: usize,
+        dim: usize,
+        num_tails: usize,
+    ) -> Self {
         let v_group = [32, 16, 8].into_iter().find(|&g| dim.is_multiple_of(g)).unwrap();
-        let tokens = num_pages * heads * page_size;
-        let nan = f16::NAN;
+        let codes = [num_pages, heads, page_size, dim / 2];
+        let k_params = [num_pages, heads, page_size / INT4_GROUP, 2, dim];
+        let v_params = [num_pages, heads, page_size, 2, dim / v_group];
+        let tail = [num_tails, heads, INT4_GROUP, dim];
+        let bytes = |x: u8| on(device, &vec![x; codes.iter().product()], &codes);
+        let nans = |shape: &[usize]| on(device, &vec![f16::NAN; shape.iter().product()], shape);
         Int4Memory {
-            codes: [vec![0xa5; tokens * dim / 2], vec![0x5a; tokens * dim / 2]],
-            params: [vec![nan; tokens / INT4_GROUP * 2 * dim], vec![nan; tokens * 2 * dim / v_group]],
-            tails: [(); 2].map(|_| vec![nan; num_tails * heads * INT4_GROUP * dim]),
-            num_pages,
+            tensors: [bytes(0xa5), nans(&k_params), bytes(0x5a), nans(&v_params), nans(&tail), nans(&tail)],
+            codes: [Vec::new(), Vec::new()],
+            params: [Vec::new(), Vec::new()],
             heads,
             page_size,
             dim,
             v_group,
-            num_tails,
         }
-    }
-
-    fn shapes(&self) -> ([usize; 4], [usize; 5], [usize; 5], [usize; 4]) {
-        let Int4Memory { num_pages, heads, page_size, dim, v_group, num_tails, .. } = *self;
-        (
-            [num_pages, heads, page_size, dim / 2],
-            [num_pages, heads, page_size / INT4_GROUP, 2, dim],
-            [num_pages, heads, page_size, 2, dim / v_group],
-            [num_tails, heads, INT4_GROUP, dim],
-        )
     }
 
     fn view(&self) -> Int4Pages<'_> {
-        let (codes, k_params, v_params, tail) = self.shapes();
-        Int4Pages {
-            k_codes: View::from_slice(&self.codes[0], &codes).unwrap(),
-            k_params: View::from_slice(&self.params[0], &k_params).unwrap(),
-            v_codes: View::from_slice(&self.codes[1], &codes).unwrap(),
-            v_params: View::from_slice(&self.params[1], &v_params).unwrap(),
-            k_tail: View::from_slice(&self.tails[0], &tail).unwrap(),
-            v_tail: View::from_slice(&self.tails[1], &tail).unwrap(),
-        }
+        let [k_codes, k_params, v_codes, v_params, k_tail, v_tail] = self.tensors.each_ref().map(|t| t.view());
+        Int4Pages { k_codes, k_params, v_codes, v_params, k_tail, v_tail }
     }
 
     fn view_mut(&mut self) -> Int4PagesMut<'_> {
-        let (codes, k_params, v_params, tail) = self.shapes();
-        let [kc, vc] = &mut self.codes;
-        let [kp, vp] = &mut self.params;
-        let [kt, vt] = &mut self.tails;
-        Int4PagesMut {
-            k_codes: ViewMut::from_slice(kc, &codes).unwrap(),
-            k_params: ViewMut::from_slice(kp, &k_params).unwrap(),
-            v_codes: ViewMut::from_slice(vc, &codes).unwrap(),
-            v_params: ViewMut::from_slice(vp, &v_params).unwrap(),
-            k_tail: ViewMut::from_slice(kt, &tail).unwrap(),
-            v_tail: ViewMut::from_slice(vt, &tail).unwrap(),
-        }
+        let [k_codes, k_params, v_codes, v_params, k_tail, v_tail] =
+            self.tensors.each_mut().map(|t| t.view_mut());
+        Int4PagesMut { k_codes, k_params, v_codes, v_params, k_tail, v_tail }
+    }
+
+    fn fetch(&mut self) {
+        self.codes = [0, 2].map(|i: usize| self.tensors[i].to_vec().unwrap());
+        self.params = [1, 3].map(|i: usize| self.tensors[i].to_vec().unwrap());
     }
 
     /// One value, by the documented layout; `which` 0 is K, 1 is V.
@@ -112,19 +97,16 @@ fn int4_round_trip_is_within_half_a_scale() {
         v[..dim].fill(-1.25);
         k[17] = 300.0;
         for device in devices() {
-            let mut memory = Int4Memory::new(num_pages, heads, page_size, dim, 1);
+            let mut memory = Int4Memory::new(&device, num_pages, heads, page_size, dim, 1);
             let shape = [total, heads, dim];
-            let view = |x| View::from_slice(x, &shape).unwrap();
-            int4::quantize(&device, view(&k), view(&v), memory.view_mut()).unwrap();
-            let pages = [num_pages, heads, page_size, dim];
-            let (mut k_back, mut v_back) = (vec![f32::NAN; k.len()], vec![f32::NAN; k.len()]);
-            int4::dequantize(
-                &device,
-                memory.view(),
-                ViewMut::from_slice(&mut k_back, &pages).unwrap(),
-                ViewMut::from_slice(&mut v_back, &pages).unwrap(),
-            )
-            .unwrap();
+            let (k_in, v_in) = (on(&device, &k, &shape), on(&device, &v, &shape));
+            int4::quantize(&device, k_in.view(), v_in.view(), memory.view_mut()).unwrap();
+            memory.fetch();
+            let unset = vec![f32::NAN; k.len()];
+            let [mut k_back, mut v_back] =
+                [(); 2].map(|_| on(&device, &unset, &[num_pages, heads, page_size, dim]));
+            int4::dequantize(&device, memory.view(), k_back.view_mut(), v_back.view_mut()).unwrap();
+            let [k_back, v_back] = [k_back, v_back].map(|t| t.to_vec::<f32>().unwrap());
             for (which, (x, back)) in [(&k, &k_back), (&v, &v_back)].into_iter().enumerate() {
                 for (i, x) in x.iter().enumerate() {
                     let (token, head, d) = (i / dim / heads, i / dim % heads, i % dim);
@@ -154,7 +136,7 @@ fn int4_attention_reads_pages_and_tails() {
         second.iter().map(|n| (rng.normals(n * heads * dim), rng.normals(n * heads * dim))).collect();
     let q = rng.normals(3 * 4 * dim);
     for device in devices() {
-        let mut memory = Int4Memory::new(5, heads, page_size, dim, 3);
+        let mut memory = Int4Memory::new(&device, 5, heads, page_size, dim, 3);
         for (from, to) in [([0, 0, 0], first), (first, second)] {
             let (mut qo_indptr, mut k, mut v) = (vec![0u32], Vec::new(), Vec::new());
             for s in 0..3 {
@@ -171,8 +153,8 @@ fn int4_attention_reads_pages_and_tails() {
                 .unwrap()
                 .run(
                     None,
-                    View::from_slice(&k, &shape).unwrap(),
-                    View::from_slice(&v, &shape).unwrap(),
+                    on(&device, &k, &shape).view(),
+                    on(&device, &v, &shape).view(),
                     KvMut::Int4(memory.view_mut()),
                 )
                 .unwrap();
@@ -181,16 +163,17 @@ fn int4_attention_reads_pages_and_tails() {
         let table =
             KvTable::Block { page_size, block_table: &block_table, max_blocks: 2, seq_lens: &seq_lens };
         let batch = Batch { tail_slots: &tail_slots, ..Batch::new(&[0, 1, 2, 3], table) };
-        let mut out = vec![f32::NAN; q.len()];
+        memory.fetch();
+        let dtype = if is_gpu(&device) { DType::F16 } else { DType::F32 };
+        let q: Vec<f32> = q.iter().map(|&x| rounded(dtype, x)).collect();
+        let shape = [3, 4, dim];
+        let mut out = Elements::new(dtype, &vec![f32::NAN; q.len()]).tensor(&device, &shape);
+        let queries = Elements::new(dtype, &q).tensor(&device, &shape);
         AttentionPlan::new(&device, &spec, &batch, Splits::Auto)
             .unwrap()
-            .run(
-                View::from_slice(&q, &[3, 4, dim]).unwrap(),
-                Kv::Int4(memory.view()),
-                ViewMut::from_slice(&mut out, &[3, 4, dim]).unwrap(),
-                None,
-            )
+            .run(queries.view(), Kv::Int4(memory.view()), out.view_mut(), None)
             .unwrap();
+        let out = Elements::of_tensor(&out).to_f32();
         for s in 0..3 {
             for head in 0..4 {
                 let row = |which: usize, token: usize| -> Vec<f32> {
@@ -211,8 +194,21 @@ fn int4_attention_reads_pages_and_tails() {
                 let values: Vec<_> = (0..second[s]).map(|t| row(1, t)).collect();
                 let at = (s * 4 + head) * dim;
                 let features = Features { scale: 0.125, ..Default::default() };
-                let (exact, _) = attend::<f64>(&q[at..][..dim], 0, &keys, &values, &features, |_| true);
-                let (naive, _) = attend::<f32>(&q[at..][..dim], 0, &keys, &values, &features, |_| true);
+                let (exact, _) = attend::<f64>(&q[at..][..dim], 0, &keys, &values, &features, |_| true, |p| p);
+                // Tensor cores take 16-bit keys, values and weights.
+                let half = |rows: &[Vec<f32>]| -> Vec<Vec<f32>> {
+                    rows.iter().map(|r| r.iter().map(|&x| rounded(dtype, x)).collect()).collect()
+                };
+                let (naive, _) = attend::<f32>(
+                    &q[at..][..dim],
+                    0,
+                    &half(&keys),
+                    &half(&values),
+                    &features,
+                    |_| true,
+                    |p| rounded(dtype, p),
+                );
+                let naive: Vec<f64> = naive.iter().map(|&x| rounded(dtype, x as f32) as f64).collect();
                 compare("O", &out[at..][..dim], &exact, &naive, 2e-6).unwrap();
             }
         }

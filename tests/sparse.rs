@@ -3,12 +3,12 @@
 mod common;
 
 use common::cases::{Case, Place, Problem, Tables, compare};
-use common::devices;
+use common::{Elements, devices, is_gpu, rounded};
 use common::reference::{Features, attend};
 use ferroflash::op::append_kv::AppendPlan;
 use ferroflash::op::select_pages::{PageBudget, SparsePlan};
 use ferroflash::{
-    AttentionSpec, Batch, DType, Device, KvCache, KvCacheSpec, KvFormat, KvTable, Splits, View, ViewMut,
+    AttentionSpec, Batch, DType, Device, KvCache, KvCacheSpec, KvFormat, KvTable, Splits,
 };
 
 /// A paged case with its cache filled through `append_kv`, so that it has summaries.
@@ -48,8 +48,8 @@ fn cache_of(
         .unwrap()
         .run(
             None,
-            View::from_slice(&k, &shape).unwrap(),
-            View::from_slice(&v, &shape).unwrap(),
+            common::on(device, &k, &shape).view(),
+            common::on(device, &v, &shape).view(),
             cache.view_mut(),
         )
         .unwrap();
@@ -62,7 +62,7 @@ fn sparse_selection_is_the_naive_one_and_a_full_budget_is_dense() {
     let lengths: Vec<(usize, usize)> = vec![(1, 900), (1, 33), (1, 16), (1, 5), (1, 130)];
     let num_pages: usize = lengths.iter().map(|l| l.1.div_ceil(page_size)).sum::<usize>() + 2;
     for dtype in [DType::F32, DType::F16] {
-        let problem = Problem::new(Case {
+        let case = Case {
             spec: AttentionSpec::new(8, 2, 64).causal(),
             lengths: lengths.clone(),
             n_tree: None,
@@ -72,21 +72,25 @@ fn sparse_selection_is_the_naive_one_and_a_full_budget_is_dense() {
             splits: Splits::Fixed(128),
             q_scale: 1.0,
             seed: 21,
-        });
-        let tables = Tables::new(&problem);
+        };
         let shape = [lengths.len(), 8, 64];
         for device in devices() {
+            let problem = Problem::for_device(&case, &device);
+            let tables = Tables::new(&problem, &device);
             let cache = cache_of(&device, &problem, &tables, page_size, num_pages);
             let batch = Batch::new(&problem.qo_indptr, tables.kv_table());
-            let q = View::from_slice(&problem.q, &shape).unwrap();
+            let q_tensor = Elements::new(problem.case.q_dtype, &problem.q).tensor(&device, &shape);
+            let q = q_tensor.view();
             let spec = &problem.case.spec;
             let dense = problem.run(&device).out;
             for pages in [1000, 8, 3] {
                 let budget = PageBudget { recent: 2, ..PageBudget::new(pages) };
                 let mut plan = SparsePlan::new(&device, spec, &batch, budget, problem.case.splits).unwrap();
                 plan.select(q, cache.summaries().unwrap()).unwrap();
-                let mut out = vec![f32::NAN; problem.q.len()];
-                plan.run(q, cache.view(), ViewMut::from_slice(&mut out, &shape).unwrap(), None).unwrap();
+                let unset = vec![f32::NAN; problem.q.len()];
+                let mut out = Elements::new(problem.case.q_dtype, &unset).tensor(&device, &shape);
+                plan.run(q, cache.view(), out.view_mut(), None).unwrap();
+                let out = Elements::of_tensor(&out).to_f32();
                 if pages == 1000 {
                     assert_eq!(out, dense);
                     continue;
@@ -97,7 +101,7 @@ fn sparse_selection_is_the_naive_one_and_a_full_budget_is_dense() {
                         let KvTable::Csr { kv_indptr, kv_indices, .. } = tables.kv_table() else { panic!() };
                         let list = &kv_indices[kv_indptr[s] as usize..kv_indptr[s + 1] as usize];
                         let expected: Vec<u32> = kept.iter().map(|&p| list[p]).collect();
-                        assert_eq!(plan.chosen(s, kv_head), expected);
+                        assert_eq!(plan.chosen(s, kv_head).unwrap(), expected);
                         let tokens: Vec<usize> =
                             (0..len).filter(|t| kept.contains(&(t / page_size))).collect();
                         for head in kv_head * 4..kv_head * 4 + 4 {
@@ -108,8 +112,12 @@ fn sparse_selection_is_the_naive_one_and_a_full_budget_is_dense() {
                             let (k, v) = (rows(&problem.k), rows(&problem.v));
                             let f = Features { scale: 0.125, ..Default::default() };
                             let row = &problem.q[at..][..64];
-                            let (exact, _) = attend::<f64>(row, 0, &k, &v, &f, |_| true);
-                            let (naive, _) = attend::<f32>(row, 0, &k, &v, &f, |_| true);
+                            let (exact, _) = attend::<f64>(row, 0, &k, &v, &f, |_| true, |p| p);
+                            let dtype = problem.case.q_dtype;
+                            let round_p = |p| if is_gpu(&device) { rounded(dtype, p) } else { p };
+                            let (naive, _) = attend::<f32>(row, 0, &k, &v, &f, |_| true, round_p);
+                            let naive: Vec<f64> =
+                                naive.iter().map(|&x| rounded(dtype, x as f32) as f64).collect();
                             compare("O", &out[at..][..64], &exact, &naive, 2e-6).unwrap();
                         }
                     }

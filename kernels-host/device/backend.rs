@@ -3,6 +3,8 @@
 //! An operation checks shapes, types, indices and devices at its door and then hands one of these
 //! structs down; a backend may rely on all of it.
 
+use std::ops::Range;
+
 use ferroflash_kernels::abi::Sequence;
 
 use crate::device::{DeviceId, Storage};
@@ -44,19 +46,36 @@ pub(crate) struct AppendCall<'a> {
     pub(crate) kv: KvMut<'a>,
 }
 
-/// Top-k page selection: rewrites the page lists of `plan`.
-pub(crate) struct SelectCall<'a> {
+/// Sizes of the parts of an append plan's device memory.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct AppendCounts {
+    pub(crate) touched_pages: usize,
+    pub(crate) groups: usize,
+    pub(crate) tail_tokens: usize,
+}
+
+/// What a selection chooses from, and for which lists.
+pub(crate) struct SelectPlan<'a> {
     pub(crate) spec: &'a AttentionSpec,
-    pub(crate) budget: PageBudget,
     pub(crate) page_size: usize,
     /// The sequences with all their pages.
     pub(crate) sequences: &'a [Sequence],
     pub(crate) pages: &'a [u32],
+    /// The sequences with their chosen pages: a list per KV head, in ascending logical order.
+    pub(crate) chosen: &'a [Sequence],
+}
+
+/// Top-k page selection: rewrites the page lists of an attention plan.
+pub(crate) struct SelectCall<'a> {
+    pub(crate) select: SelectPlan<'a>,
+    /// What [`Backend::plan_select`] gave.
+    pub(crate) workspace: &'a mut Storage,
+    /// The attention plan's workspace, and what else of it the lists are found by.
+    pub(crate) attention: &'a mut Storage,
+    pub(crate) plan: &'a Plan,
+    pub(crate) budget: PageBudget,
     pub(crate) q: View<'a>,
     pub(crate) summaries: View<'a>,
-    /// Chosen sequences and lists: per KV head, in ascending logical order.
-    pub(crate) chosen: &'a [Sequence],
-    pub(crate) chosen_pages: &'a mut [u32],
 }
 
 /// int4 pages back to f32.
@@ -113,8 +132,20 @@ pub(crate) trait Backend: Send + Sync {
     fn plan_attention(&self, spec: &AttentionSpec, plan: &Plan) -> Result<Storage>;
     fn attention(&self, call: AttentionCall<'_>) -> Result<()>;
     fn merge(&self, call: MergeCall<'_>) -> Result<()>;
+    /// Device memory for an append plan.
+    fn plan_append(&self, plan: &AppendPlan) -> Result<(Storage, AppendCounts)>;
     fn append_kv(&self, call: AppendCall<'_>) -> Result<()>;
+    /// Device memory for a selection.
+    fn plan_select(&self, plan: &SelectPlan<'_>) -> Result<Storage>;
     fn select_pages(&self, call: SelectCall<'_>) -> Result<()>;
+    /// Entries `range` of an attention plan's page lists as they are now.
+    fn chosen_pages(
+        &self,
+        spec: &AttentionSpec,
+        plan: &Plan,
+        attention: &Storage,
+        range: Range<usize>,
+    ) -> Result<Vec<u32>>;
     fn dequantize_int4(&self, call: DequantCall<'_>) -> Result<()>;
     fn rms_norm(&self, call: RmsNormCall<'_>) -> Result<()>;
     fn silu_mul(&self, call: SiluMulCall<'_>) -> Result<()>;

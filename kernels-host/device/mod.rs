@@ -11,8 +11,8 @@ use std::fmt;
 use std::sync::Arc;
 
 pub(crate) use backend::{
-    AppendCall, AttentionCall, Backend, DequantCall, EmbeddingCall, MergeCall, RmsNormCall, SampleCall,
-    SelectCall, SiluMulCall,
+    AppendCall, AppendCounts, AttentionCall, Backend, DequantCall, EmbeddingCall, MergeCall, RmsNormCall, SampleCall,
+    SelectCall, SelectPlan, SiluMulCall,
 };
 pub use cpu::{CpuOptions, SimdLevel};
 /// Building blocks of the CPU backend, for the linear layers of `ferroflash-serve`; not part of the API.
@@ -122,7 +122,7 @@ impl fmt::Debug for Device {
     }
 }
 
-/// A tensor's memory.
+/// A tensor's or plan's memory.
 pub(crate) enum Storage {
     /// Host memory.
     Host(host::Memory),
@@ -132,6 +132,11 @@ pub(crate) enum Storage {
 }
 
 impl Storage {
+    /// No memory.
+    pub(crate) fn none() -> Self {
+        Storage::Host(host::Memory::Small(Vec::new(), 0))
+    }
+
     /// The bytes, where they are host memory.
     pub(crate) fn bytes(&self) -> Option<&[u8]> {
         match self {
@@ -177,5 +182,11 @@ impl Storage {
     #[cfg(any(feature = "cuda", feature = "sim"))]
     pub(crate) fn address(&self) -> u64 {
         self.ptr() as u64
+    }
+}
+
+impl fmt::Debug for Storage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes", self.len())
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use super::Door;
-use crate::device::{AppendCall, Device};
+use crate::device::{AppendCall, AppendCounts, Device, Storage};
 use crate::error::{Error, Result};
 use crate::kv_cache::{Kv, KvMut, PageDims};
 use crate::plan::{Batch, KvTable, Plan, Schedule, Splits};
@@ -22,8 +22,10 @@ pub struct AppendPlan {
     pub(crate) rotary_dim: usize,
     pub(crate) rope_style: RopeStyle,
     num_q_heads: usize,
-    page_size: usize,
+    pub(crate) page_size: usize,
     num_pages: usize,
+    /// What the device keeps of the plan.
+    pub(crate) workspace: (Storage, AppendCounts),
     /// `page * page_size + offset` of each token.
     slots: Vec<u64>,
     pub(crate) positions: Vec<u32>,
@@ -133,7 +135,7 @@ impl AppendPlan {
         let angles = positions.iter().flat_map(|&p| frequencies.iter().map(move |f| p as f64 * f));
         let (sin, cos) =
             angles.map(|a| a.sin_cos()).map(|(s, c)| ((s * factor) as f32, (c * factor) as f32)).unzip();
-        Ok(AppendPlan {
+        let mut plan = AppendPlan {
             device: device.clone(),
             num_kv_heads: spec.num_kv_heads,
             head_dim: spec.head_dim,
@@ -147,7 +149,10 @@ impl AppendPlan {
             cos,
             sin,
             tail_slots,
-        })
+            workspace: (Storage::none(), AppendCounts::default()),
+        };
+        plan.workspace = device.backend().plan_append(&plan)?;
+        Ok(plan)
     }
 
     /// Tokens of the step.

@@ -55,8 +55,12 @@ impl AttentionPlan {
         &self.plan
     }
 
-    pub(crate) fn plan_mut(&mut self) -> &mut Plan {
-        &mut self.plan
+    pub(crate) fn parts_mut(&mut self) -> (&Plan, &mut Storage) {
+        (&self.plan, &mut self.workspace)
+    }
+
+    pub(crate) fn workspace(&self) -> &Storage {
+        &self.workspace
     }
 
     pub(crate) fn spec(&self) -> &AttentionSpec {

@@ -73,3 +73,26 @@ pub fn sample(device: &Device, logits: View<'_>, params: &[SamplingParams], ids:
     params.iter().try_for_each(SamplingParams::check)?;
     device.backend().sample(SampleCall { logits, params, ids })
 }
+
+/// 64 random bits from Philox 4x32-10 (Salmon et al., SC 2011): the seed is the key, the step the counter, so a
+/// request's draws depend on nothing else.
+pub(crate) fn random_bits(seed: u64, step: u64) -> u64 {
+    let mut c = [step as u32, (step >> 32) as u32, 0, 0];
+    let mut key = [seed as u32, (seed >> 32) as u32];
+    for _ in 0..10 {
+        let a = 0xD251_1F53u64 * c[0] as u64;
+        let b = 0xCD9E_8D57u64 * c[2] as u64;
+        c = [(b >> 32) as u32 ^ c[1] ^ key[0], b as u32, (a >> 32) as u32 ^ c[3] ^ key[1], a as u32];
+        key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
+    }
+    (c[0] as u64) << 32 | c[1] as u64
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn random_bits_are_philox() {
+        // The published known answer for key 0 and counter 0 starts 6627e8d5 e169c58d.
+        assert_eq!(super::random_bits(0, 0), 0x6627_e8d5_e169_c58d);
+    }
+}

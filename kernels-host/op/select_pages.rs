@@ -2,7 +2,7 @@
 
 use super::Door;
 use super::attention::AttentionPlan;
-use crate::device::{Device, SelectCall};
+use crate::device::{Device, SelectCall, SelectPlan, Storage};
 use crate::error::{Error, Result};
 use crate::kv_cache::Kv;
 use crate::plan::{Batch, KvTable, Plan, Schedule, Splits};
@@ -36,6 +36,7 @@ impl PageBudget {
 /// attention, bit for bit.
 #[derive(Debug)]
 pub struct SparsePlan {
+    workspace: Storage,
     budget: PageBudget,
     sequences: Vec<Sequence>,
     pages: Vec<u32>,
@@ -106,7 +107,15 @@ impl SparsePlan {
         }
         plan.num_pages = all.num_pages;
         let attention = AttentionPlan::from_plan(OP, device, spec, plan)?;
+        let workspace = device.backend().plan_select(&SelectPlan {
+            spec,
+            page_size: all.page_size,
+            sequences: &all.sequences,
+            pages: &all.pages,
+            chosen: &attention.plan().sequences,
+        })?;
         Ok(SparsePlan {
+            workspace,
             budget,
             sequences: all.sequences,
             pages: all.pages,
@@ -126,27 +135,35 @@ impl SparsePlan {
         door.f32s("summaries", &summaries, &[num_pages, spec.num_kv_heads, 2, spec.head_dim])?;
         crate::kv_cache::expect_unit_stride(OP, "summaries", &summaries)?;
         door.pages("the page table", self.num_pages, num_pages)?;
-        let Plan { sequences, pages, page_size, .. } = self.attention.plan_mut();
+        let (plan, attention) = self.attention.parts_mut();
         device.backend().select_pages(SelectCall {
-            spec: &spec,
+            select: SelectPlan {
+                spec: &spec,
+                page_size: plan.page_size,
+                sequences: &self.sequences,
+                pages: &self.pages,
+                chosen: &plan.sequences,
+            },
+            workspace: &mut self.workspace,
+            attention,
+            plan,
             budget: self.budget,
-            page_size: *page_size,
-            sequences: &self.sequences,
-            pages: &self.pages,
             q,
             summaries,
-            chosen: sequences,
-            chosen_pages: pages,
         })
     }
 
-    /// Pages that a KV head of a sequence attends to, in the order of its tokens.
-    pub fn chosen(&self, sequence: usize, kv_head: usize) -> &[u32] {
-        let plan = self.attention.plan();
-        let Some(seq) = plan.sequences.get(sequence) else { return &[] };
+    /// Pages that a KV head of a sequence attends to, in the order of its tokens; none for a sequence or head
+    /// that is not there. For looking at: it waits for the device.
+    pub fn chosen(&self, sequence: usize, kv_head: usize) -> Result<Vec<u32>> {
+        let (plan, spec) = (self.attention.plan(), self.attention.spec());
+        let Some(seq) = plan.sequences.get(sequence).filter(|_| kv_head < spec.num_kv_heads) else {
+            return Ok(Vec::new());
+        };
         let count = seq.pages_per_head as usize;
-        let list = plan.pages[seq.page_start as usize..].chunks(count.max(1)).nth(kv_head);
-        if kv_head < self.attention.spec().num_kv_heads { list.unwrap_or(&[]) } else { &[] }
+        let start = seq.page_start as usize + kv_head * count;
+        let backend = self.attention.device().backend();
+        backend.chosen_pages(spec, plan, self.attention.workspace(), start..start + count)
     }
 
     /// Attention over the chosen pages; the tensors are those of [`AttentionPlan::run`].

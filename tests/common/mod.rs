@@ -144,6 +144,11 @@ impl Elements {
     }
 }
 
+/// Elements on a device.
+pub fn on<T: ferroflash::Element>(device: &Device, data: &[T], shape: &[usize]) -> ferroflash::Tensor {
+    ferroflash::Tensor::from_slice(device, data, shape).unwrap()
+}
+
 /// Every element within `tolerance` of the exact one, relative to the larger of it and 1.
 pub fn close(got: &[f32], exact: &[f64], tolerance: f64) {
     for (g, e) in got.iter().zip(exact) {

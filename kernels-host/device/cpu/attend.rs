@@ -17,13 +17,14 @@ use super::kv_rows::KvRows;
 use super::matmul::matmul;
 use super::simd::{Simd, Task};
 use super::softmax::{Scratch, State, exp2, max_nan, with_scratch};
-use super::{Cpu, Shared};
+use super::{Cpu, Shared, split_workspace};
 use crate::device::AttentionCall;
 use crate::layout::Layout;
 use crate::plan::Plan;
 
 pub(super) fn attention(cpu: &Cpu, call: AttentionCall<'_>) {
-    let AttentionCall { op: _, spec, plan, workspace: partials, q, kv, mut out, mut lse } = call;
+    let AttentionCall { op: _, spec, plan, workspace, q, kv, mut out, mut lse } = call;
+    let (partials, pages) = split_workspace(plan, workspace);
     let head_dim = spec.head_dim;
     let kernel = Kernel {
         plan,
@@ -34,10 +35,10 @@ pub(super) fn attention(cpu: &Cpu, call: AttentionCall<'_>) {
         alibi_slopes: spec.alibi_slopes.as_deref(),
         sink_logits: spec.sink_logits.as_deref(),
         q: (q.ptr(), q.layout),
-        kv: KvRows::new(&kv, plan, head_dim),
+        kv: KvRows::new(&kv, plan.page_size, pages, head_dim),
         out: (Shared(out.reborrow().ptr()), out.layout),
         lse: lse.as_mut().map(|lse| (Shared(lse.0.ptr()), lse.0.layout)),
-        partials: Shared(partials.ptr_mut().cast()),
+        partials: Shared(partials.as_mut_ptr()),
     };
     cpu.for_each(plan.items.len(), |i| {
         with_scratch(kernel.padded_dim, |scratch| {

@@ -9,7 +9,6 @@ use super::int4::Int4Rows;
 use super::matmul::matmul;
 use super::simd::Simd;
 use crate::kv_cache::Kv;
-use crate::plan::Plan;
 use crate::tensor::{DType, View};
 
 /// What stands in for the rows after a sequence's end, so that unused slots are never read.
@@ -38,7 +37,9 @@ impl Ahead {
 
 /// The KV of one call.
 pub(super) struct KvRows<'a> {
-    plan: &'a Plan,
+    /// Tokens per page; 0: ragged.
+    page_size: usize,
+    pages: &'a [u32],
     head_dim: usize,
     source: Source,
 }
@@ -76,24 +77,24 @@ impl Rows {
 }
 
 impl<'a> KvRows<'a> {
-    pub(super) fn new(kv: &Kv<'_>, plan: &'a Plan, head_dim: usize) -> Self {
+    pub(super) fn new(kv: &Kv<'_>, page_size: usize, pages: &'a [u32], head_dim: usize) -> Self {
         let source = match kv {
             Kv::Ragged { k, v } => Source::Float { dtype: k.dtype(), k: Rows::ragged(k), v: Rows::ragged(v) },
             Kv::Paged { k, v } => Source::Float { dtype: k.dtype(), k: Rows::paged(k), v: Rows::paged(v) },
             Kv::Int4(pages) => Source::Int4(Int4Rows::new(pages, head_dim)),
         };
-        KvRows { plan, head_dim, source }
+        KvRows { page_size, pages, head_dim, source }
     }
 
     /// Page and offset of a sequence's token.
     #[inline(always)]
     pub(super) fn locate(&self, seq: &Sequence, head: usize, token: usize) -> (usize, usize) {
-        let page_size = self.plan.page_size;
+        let page_size = self.page_size;
         if page_size == 0 {
             return (0, seq.kv_start as usize + token);
         }
         let list = seq.page_start as usize + head * seq.pages_per_head as usize;
-        (self.plan.pages[list + token / page_size] as usize, token % page_size)
+        (self.pages[list + token / page_size] as usize, token % page_size)
     }
 
     /// Addresses of tokens `at..at + n`, then zeros.
@@ -111,7 +112,7 @@ impl<'a> KvRows<'a> {
         while i < n {
             let (page, offset) = self.locate(seq, head, at + i);
             let run =
-                if self.plan.page_size == 0 { n - i } else { (n - i).min(self.plan.page_size - offset) };
+                if self.page_size == 0 { n - i } else { (n - i).min(self.page_size - offset) };
             let first = rows.at(page, head, offset);
             for j in 0..run {
                 addresses[i + j] = first.wrapping_add(j * rows.token);

@@ -14,6 +14,7 @@ mod select;
 pub mod simd;
 mod softmax;
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
@@ -22,6 +23,7 @@ use super::backend::*;
 use super::host::Memory;
 use super::{DeviceId, Storage};
 use crate::error::{Error, Result};
+use crate::op::append_kv::AppendPlan;
 use crate::plan::{Plan, Schedule};
 use crate::spec::AttentionSpec;
 use ferroflash_kernels::abi::partial_stride;
@@ -147,7 +149,13 @@ impl Backend for Cpu {
     }
 
     fn plan_attention(&self, spec: &AttentionSpec, plan: &Plan) -> Result<Storage> {
-        self.alloc(4 * plan.partial_rows * partial_stride(spec.head_dim))
+        // Partial states, then the page lists, which a selection rewrites.
+        let partials = 4 * plan.partial_rows * partial_stride(spec.head_dim);
+        let mut storage = self.alloc(partials + 4 * plan.pages.len())?;
+        if let Some(bytes) = storage.bytes_mut() {
+            bytes[partials..].copy_from_slice(bytemuck::cast_slice(&plan.pages));
+        }
+        Ok(storage)
     }
 
     fn attention(&self, call: AttentionCall<'_>) -> Result<()> {
@@ -160,14 +168,34 @@ impl Backend for Cpu {
         Ok(())
     }
 
+    fn plan_append(&self, _: &AppendPlan) -> Result<(Storage, AppendCounts)> {
+        Ok((Storage::none(), AppendCounts::default()))
+    }
+
     fn append_kv(&self, call: AppendCall<'_>) -> Result<()> {
         append::append_kv(self, call);
         Ok(())
     }
 
+    fn plan_select(&self, _: &SelectPlan<'_>) -> Result<Storage> {
+        Ok(Storage::none())
+    }
+
     fn select_pages(&self, call: SelectCall<'_>) -> Result<()> {
         select::select_pages(self, call);
         Ok(())
+    }
+
+    fn chosen_pages(
+        &self,
+        _: &AttentionSpec,
+        plan: &Plan,
+        attention: &Storage,
+        range: Range<usize>,
+    ) -> Result<Vec<u32>> {
+        let bytes = attention.bytes().unwrap_or(&[]);
+        let pages: &[u32] = bytemuck::cast_slice(&bytes[bytes.len() - 4 * plan.pages.len()..]);
+        Ok(pages[range].to_vec())
     }
 
     fn dequantize_int4(&self, call: DequantCall<'_>) -> Result<()> {
@@ -194,6 +222,13 @@ impl Backend for Cpu {
         sampling::sample(self, call);
         Ok(())
     }
+}
+
+/// Partial states and page lists in an attention plan's workspace.
+fn split_workspace<'a>(plan: &Plan, workspace: &'a mut Storage) -> (&'a mut [f32], &'a mut [u32]) {
+    let bytes = workspace.bytes_mut().unwrap_or(&mut []);
+    let (partials, pages) = bytes.split_at_mut(bytes.len() - 4 * plan.pages.len());
+    (bytemuck::cast_slice_mut(partials), bytemuck::cast_slice_mut(pages))
 }
 
 /// A pointer that threads share, each for rows of its own.

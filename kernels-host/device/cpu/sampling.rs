@@ -5,7 +5,7 @@ use super::Shared;
 use super::convert::load_row_as;
 use super::simd::{Simd, Task};
 use crate::device::SampleCall;
-use crate::op::sample::SamplingParams;
+use crate::op::sample::{SamplingParams, random_bits};
 
 pub(super) fn sample(cpu: &Cpu, call: SampleCall<'_>) {
     let vocab = call.logits.shape()[1];
@@ -91,29 +91,7 @@ fn argmax(logits: &[f32]) -> usize {
     best
 }
 
-/// A number in [0, 1) from Philox 4x32-10 (Salmon et al., SC 2011): the seed is the key, the step the
-/// counter, so a request's draws depend on nothing else.
+/// A number in [0, 1), depending on nothing but seed and step.
 fn uniform(seed: u64, step: u64) -> f64 {
-    let mut c = [step as u32, (step >> 32) as u32, 0, 0];
-    let mut key = [seed as u32, (seed >> 32) as u32];
-    for _ in 0..10 {
-        let a = 0xD251_1F53u64 * c[0] as u64;
-        let b = 0xCD9E_8D57u64 * c[2] as u64;
-        c = [(b >> 32) as u32 ^ c[1] ^ key[0], b as u32, (a >> 32) as u32 ^ c[3] ^ key[1], a as u32];
-        key = [key[0].wrapping_add(0x9E37_79B9), key[1].wrapping_add(0xBB67_AE85)];
-    }
-    let bits = (c[0] as u64) << 32 | c[1] as u64;
-    (bits >> 11) as f64 / (1u64 << 53) as f64
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn uniform_is_philox() {
-        // The published known answer for key 0 and counter 0 starts 6627e8d5 e169c58d.
-        let expected = (0x6627_e8d5_e169_c58du64 >> 11) as f64 / (1u64 << 53) as f64;
-        assert_eq!(uniform(0, 0), expected);
-    }
+    (random_bits(seed, step) >> 11) as f64 / (1u64 << 53) as f64
 }

@@ -1,11 +1,15 @@
 //! The GPU backend: checks what kernels need beyond the operation's own door, and launches them.
 
+mod append;
 mod attention;
 mod driver;
+mod layer;
 mod params;
+mod select;
 #[cfg(feature = "sim")]
 mod sim;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 pub(crate) use driver::{DeviceMemory, Driver};
@@ -14,7 +18,8 @@ pub(crate) use sim::SimDriver;
 
 use super::backend::*;
 use super::{DeviceId, Storage};
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::op::append_kv::AppendPlan;
 use crate::plan::{Plan, Schedule};
 use crate::spec::AttentionSpec;
 
@@ -72,42 +77,68 @@ impl Backend for Gpu {
         self.run_attention(call)
     }
 
-    fn merge(&self, _: MergeCall<'_>) -> Result<()> {
-        self.missing("merge")
+    fn merge(&self, call: MergeCall<'_>) -> Result<()> {
+        self.run_merge(call)
     }
 
-    fn append_kv(&self, _: AppendCall<'_>) -> Result<()> {
-        self.missing("append_kv")
+    fn plan_append(&self, plan: &AppendPlan) -> Result<(Storage, AppendCounts)> {
+        self.append_workspace(plan)
     }
 
-    fn select_pages(&self, _: SelectCall<'_>) -> Result<()> {
-        self.missing("select_pages")
+    fn append_kv(&self, call: AppendCall<'_>) -> Result<()> {
+        self.run_append(call)
     }
 
-    fn dequantize_int4(&self, _: DequantCall<'_>) -> Result<()> {
-        self.missing("int4::dequantize")
+    fn plan_select(&self, plan: &SelectPlan<'_>) -> Result<Storage> {
+        self.select_workspace(plan)
     }
 
-    fn rms_norm(&self, _: RmsNormCall<'_>) -> Result<()> {
-        self.missing("rms_norm")
+    fn select_pages(&self, call: SelectCall<'_>) -> Result<()> {
+        self.run_select(call)
     }
 
-    fn silu_mul(&self, _: SiluMulCall<'_>) -> Result<()> {
-        self.missing("silu_mul")
+    fn chosen_pages(
+        &self,
+        spec: &AttentionSpec,
+        plan: &Plan,
+        attention: &Storage,
+        range: Range<usize>,
+    ) -> Result<Vec<u32>> {
+        self.read_chosen(spec, plan, attention, range)
     }
 
-    fn embedding(&self, _: EmbeddingCall<'_>) -> Result<()> {
-        self.missing("embedding")
+    fn dequantize_int4(&self, call: DequantCall<'_>) -> Result<()> {
+        self.run_dequantize(call)
     }
 
-    fn sample(&self, _: SampleCall<'_>) -> Result<()> {
-        self.missing("sample")
+    fn rms_norm(&self, call: RmsNormCall<'_>) -> Result<()> {
+        self.run_rms_norm(call)
+    }
+
+    fn silu_mul(&self, call: SiluMulCall<'_>) -> Result<()> {
+        self.run_silu_mul(call)
+    }
+
+    fn embedding(&self, call: EmbeddingCall<'_>) -> Result<()> {
+        self.run_embedding(call)
+    }
+
+    fn sample(&self, call: SampleCall<'_>) -> Result<()> {
+        self.run_sample(call)
     }
 }
 
-impl Gpu {
-    fn missing(&self, op: &str) -> Result<()> {
-        let why = format!("{op} has no GPU kernel yet");
-        Err(Error::Unavailable { device: self.driver.id().to_string(), why })
+/// Parts of a plan, one after the other, each at a multiple of 256 bytes.
+#[derive(Default)]
+struct Blob {
+    data: Vec<u8>,
+}
+
+impl Blob {
+    fn put(&mut self, bytes: &[u8]) -> usize {
+        let at = self.data.len();
+        self.data.extend_from_slice(bytes);
+        self.data.resize(self.data.len().next_multiple_of(256), 0);
+        at
     }
 }

@@ -1,6 +1,6 @@
 //! From checked views to what kernels are given.
 
-use ferroflash_kernels::abi::{PageRows, TokenRows};
+use ferroflash_kernels::abi::{PageRows, Rows, TokenRows, element as code};
 
 use crate::error::{Error, Result};
 use crate::tensor::{DType, View};
@@ -10,6 +10,23 @@ pub(super) fn token_rows(view: Option<&View<'_>>) -> TokenRows {
     let Some(view) = view else { return TokenRows { base: 0, token: 0, head: 0 } };
     let (s, size) = (view.strides(), view.dtype().size() as u64);
     TokenRows { base: view.ptr() as u64, token: s[0] as u64 * size, head: s[1] as u64 * size }
+}
+
+/// A float type's code.
+pub(super) fn element(dtype: DType) -> u32 {
+    match dtype {
+        DType::F16 => code::F16,
+        DType::BF16 => code::BF16,
+        _ => code::F32,
+    }
+}
+
+/// All dimensions but the last, of one to three.
+pub(super) fn rows(view: &View<'_>) -> Rows {
+    let (s, shape, size) = (view.strides(), view.shape(), view.dtype().size() as u64);
+    let (inner, num_inner) = if shape.len() == 3 { (s[1] as u64 * size, shape[1] as u32) } else { (0, 1) };
+    let outer = if shape.len() > 1 { s[0] as u64 * size } else { 0 };
+    Rows { base: view.ptr() as u64, outer, inner, dtype: element(view.dtype()), num_inner }
 }
 
 /// Rows `[page, head, token, channel]`.

@@ -1,0 +1,235 @@
+//! Append and int4 on a GPU: where a plan lies in device memory, and its launches.
+
+use ferroflash_kernels::abi::{
+    AppendParams, INT4_GROUP, Int4AppendParams, Int4DequantParams, Int4Group, Int4Rows, Int4TailToken, PageRows,
+    RopeParams, Rows, SKIP_SLOT, SummaryParams, TouchedPage,
+};
+
+use super::driver::{bytes, words};
+use super::params::{aligned, element, page_rows, rows};
+use super::{Blob, Gpu};
+use crate::device::{AppendCall, AppendCounts, DequantCall, Storage};
+use crate::error::Result;
+use crate::kv_cache::{Int4Pages, KvMut, int4_v_group};
+use crate::op::append_kv::AppendPlan;
+use crate::spec::RopeStyle;
+
+/// Rows that a CTA takes, one a warp.
+const ROWS: usize = 4;
+const NO_PAGES: PageRows = PageRows { base: 0, page: 0, head: 0, token: 0 };
+
+/// Offsets of an append plan's parts in its device memory.
+struct Parts {
+    slots: usize,
+    cos: usize,
+    sin: usize,
+    touched: usize,
+    groups: usize,
+    tail_tokens: usize,
+}
+
+impl Parts {
+    fn new(plan: &AppendPlan, counts: &AppendCounts) -> Self {
+        let mut end = 0;
+        let mut place = |bytes: usize| {
+            let at = end;
+            end = (end + bytes).next_multiple_of(256);
+            at
+        };
+        Parts {
+            slots: place(8 * plan.num_tokens()),
+            cos: place(4 * plan.cos.len()),
+            sin: place(4 * plan.sin.len()),
+            touched: place(size_of::<TouchedPage>() * counts.touched_pages),
+            groups: place(size_of::<Int4Group>() * counts.groups),
+            tail_tokens: place(size_of::<Int4TailToken>() * counts.tail_tokens),
+        }
+    }
+}
+
+/// Of each page that the plan writes, how many tokens it then has.
+fn touched_pages(plan: &AppendPlan) -> Vec<TouchedPage> {
+    let mut written: Vec<(u32, u32)> = (0..plan.num_tokens())
+        .filter_map(|t| plan.slot(t))
+        .map(|(page, offset)| (page as u32, offset as u32 + 1))
+        .collect();
+    written.sort_unstable();
+    let mut touched: Vec<TouchedPage> = Vec::new();
+    for (page, tokens) in written {
+        match touched.last_mut() {
+            Some(t) if t.page == page => t.tokens = tokens,
+            _ => touched.push(TouchedPage { page, tokens }),
+        }
+    }
+    touched
+}
+
+/// Groups that the plan's tokens complete, and tokens that stay in tails.
+fn int4_work(plan: &AppendPlan, slots: &[u64]) -> (Vec<Int4Group>, Vec<Int4TailToken>) {
+    let (mut groups, mut tail_tokens) = (Vec::new(), Vec::new());
+    // A sequence's tokens stand side by side, in order.
+    let mut first = 0;
+    for token in 0..plan.tail_slots.len() {
+        let tail = plan.tail_slots[token];
+        if token > 0 && plan.tail_slots[token - 1] != tail {
+            first = token;
+        }
+        let in_group = plan.positions[token] as usize % INT4_GROUP;
+        let ends = token + 1 == plan.tail_slots.len() || plan.tail_slots[token + 1] != tail;
+        if in_group == INT4_GROUP - 1 {
+            groups.push(Int4Group {
+                slot: slots[token] - in_group as u64,
+                last_token: token as u32,
+                new_tokens: (token + 1 - first).min(INT4_GROUP) as u32,
+                tail,
+                reserved: 0,
+            });
+        } else if ends {
+            let new = (in_group + 1).min(token + 1 - first);
+            for back in (0..new).rev() {
+                tail_tokens.push(Int4TailToken {
+                    token: (token - back) as u32,
+                    tail,
+                    in_group: (in_group - back) as u32,
+                    reserved: 0,
+                });
+            }
+        }
+    }
+    (groups, tail_tokens)
+}
+
+fn int4_rows(pages: &Int4Pages<'_>) -> Int4Rows {
+    Int4Rows {
+        k_codes: page_rows(&pages.k_codes),
+        k_params: page_rows(&pages.k_params),
+        v_codes: page_rows(&pages.v_codes),
+        v_params: page_rows(&pages.v_params),
+        k_tail: page_rows(&pages.k_tail),
+        v_tail: page_rows(&pages.v_tail),
+    }
+}
+
+/// What the int4 kernels ask beyond the operation's door.
+fn check_codes(op: &'static str, pages: &Int4Pages<'_>) -> Result<()> {
+    aligned(op, "k_codes", &pages.k_codes, 4)?;
+    aligned(op, "v_codes", &pages.v_codes, 4)
+}
+
+impl Gpu {
+    pub(super) fn append_workspace(&self, plan: &AppendPlan) -> Result<(Storage, AppendCounts)> {
+        let slots: Vec<u64> = (0..plan.num_tokens())
+            .map(|t| plan.slot(t).map_or(SKIP_SLOT, |(page, offset)| (page * plan.page_size + offset) as u64))
+            .collect();
+        let touched = touched_pages(plan);
+        let (groups, tail_tokens) = int4_work(plan, &slots);
+        let counts = AppendCounts {
+            touched_pages: touched.len(),
+            groups: groups.len(),
+            tail_tokens: tail_tokens.len(),
+        };
+        let mut blob = Blob::default();
+        for part in [
+            bytemuck::cast_slice(&slots),
+            bytemuck::cast_slice(&plan.cos),
+            bytemuck::cast_slice(&plan.sin),
+            bytes(&touched),
+            bytes(&groups),
+            bytes(&tail_tokens),
+        ] {
+            blob.put(part);
+        }
+        let memory = self.memory(blob.data.len())?;
+        self.driver.upload(&blob.data, memory.at())?;
+        Ok((Storage::Device(memory), counts))
+    }
+
+    pub(super) fn run_append(&self, call: AppendCall<'_>) -> Result<()> {
+        let AppendCall { plan, q, k, v, kv } = call;
+        let (storage, counts) = &plan.workspace;
+        let blob = Parts::new(plan, counts);
+        let at = |offset: usize| storage.address() + offset as u64;
+        let rope = RopeParams {
+            cos: at(blob.cos),
+            sin: at(blob.sin),
+            rotary_dim: plan.rotary_dim as u32,
+            interleaved: (plan.rope_style == RopeStyle::Interleaved) as u32,
+        };
+        let q = q.as_ref().map(|q| q.as_view()).filter(|_| plan.rotary_dim > 0);
+        let num_q_heads = q.as_ref().map_or(0, |q| q.shape()[1]);
+        let (k_pages, v_pages, kv_dtype) = match &kv {
+            KvMut::Paged { k, v, .. } => {
+                (page_rows(&k.as_view()), page_rows(&v.as_view()), element(k.dtype()))
+            }
+            KvMut::Int4(_) => (NO_PAGES, NO_PAGES, 0),
+        };
+        let params = AppendParams {
+            q: q.as_ref().map_or(Rows::NONE, rows),
+            k: rows(&k),
+            v: rows(&v),
+            k_pages,
+            v_pages,
+            slots: at(blob.slots),
+            rope,
+            page_size: plan.page_size as u32,
+            kv_dtype,
+            num_q_heads: num_q_heads as u32,
+            num_kv_heads: plan.num_kv_heads as u32,
+            head_dim: plan.head_dim as u32,
+            reserved: 0,
+        };
+        let heads = num_q_heads + if k_pages.base == 0 { 0 } else { 2 * plan.num_kv_heads };
+        self.launch("append_kv", [plan.num_tokens(), heads.div_ceil(ROWS)], words(&params))?;
+        match kv {
+            KvMut::Paged { summaries: Some(summaries), .. } => {
+                let params = SummaryParams {
+                    k_pages,
+                    summaries: page_rows(&summaries.as_view()),
+                    touched: at(blob.touched),
+                    kv_dtype,
+                    head_dim: plan.head_dim as u32,
+                };
+                self.launch("page_summaries", [counts.touched_pages, plan.num_kv_heads], words(&params))
+            }
+            KvMut::Paged { .. } => Ok(()),
+            KvMut::Int4(pages) => {
+                let pages = pages.as_view();
+                check_codes("append_kv", &pages)?;
+                let params = Int4AppendParams {
+                    k: params.k,
+                    v: params.v,
+                    pages: int4_rows(&pages),
+                    rope,
+                    groups: at(blob.groups),
+                    tail_tokens: at(blob.tail_tokens),
+                    num_tail_tokens: counts.tail_tokens as u32,
+                    page_size: plan.page_size as u32,
+                    num_kv_heads: plan.num_kv_heads as u32,
+                    head_dim: plan.head_dim as u32,
+                    v_group: int4_v_group(plan.head_dim) as u32,
+                    reserved: 0,
+                };
+                // Groups first: they take old tokens from the tails that the second launch overwrites.
+                self.launch("quantize_int4", [counts.groups, plan.num_kv_heads], words(&params))?;
+                let count = counts.tail_tokens * plan.num_kv_heads;
+                self.launch("append_tail_int4", [count.div_ceil(ROWS), 1], words(&params))
+            }
+        }
+    }
+
+    pub(super) fn run_dequantize(&self, call: DequantCall<'_>) -> Result<()> {
+        let DequantCall { pages, k, v } = call;
+        check_codes("int4::dequantize", &pages)?;
+        let &[num_pages, heads, page_size, head_dim] = k.shape() else { return Ok(()) };
+        let params = Int4DequantParams {
+            pages: int4_rows(&pages),
+            k: page_rows(&k.as_view()),
+            v: page_rows(&v.as_view()),
+            num_pages: num_pages as u32,
+            page_size: page_size as u32,
+            head_dim: head_dim as u32,
+            v_group: int4_v_group(head_dim) as u32,
+        };
+        self.launch("dequantize_int4", [(num_pages * page_size).div_ceil(ROWS), heads], words(&params))
+    }
+}

@@ -1,0 +1,108 @@
+//! Launches of what stands around attention.
+
+use ferroflash_kernels::abi::{
+    EmbeddingParams, MERGE_STATES, MergeStatesParams, RmsNormParams, Rows, SampleParams, SampleRow, SiluMulParams,
+};
+
+use super::Gpu;
+use super::driver::{bytes, words};
+use super::params::{rows, token_rows};
+use crate::device::{EmbeddingCall, MergeCall, RmsNormCall, SampleCall, SiluMulCall};
+use crate::error::{Error, Result};
+use crate::op::sample::random_bits;
+use crate::tensor::View;
+
+/// Rows that a CTA of the merge takes.
+const MERGE_ROWS: usize = 4;
+
+impl Gpu {
+    pub(super) fn run_rms_norm(&self, call: RmsNormCall<'_>) -> Result<()> {
+        let RmsNormCall { x, residual, weight, eps, out } = call;
+        let shape = out.shape();
+        let (dim, count) = (shape[shape.len() - 1], shape[..shape.len() - 1].iter().product());
+        let params = RmsNormParams {
+            x: rows(&x.unwrap_or(out.as_view())),
+            residual: residual.map_or(Rows::NONE, |r| rows(&r.as_view())),
+            weight: rows(&weight),
+            out: rows(&out.as_view()),
+            dim: dim as u32,
+            eps,
+        };
+        self.launch("rms_norm", [count, 1], words(&params))
+    }
+
+    pub(super) fn run_silu_mul(&self, call: SiluMulCall<'_>) -> Result<()> {
+        let out = call.out.as_view();
+        let dim = out.shape()[1] as u32;
+        let params = SiluMulParams { gate_up: rows(&call.gate_up), out: rows(&out), dim, reserved: 0 };
+        self.launch("silu_mul", [out.shape()[0], 1], words(&params))
+    }
+
+    pub(super) fn run_embedding(&self, call: EmbeddingCall<'_>) -> Result<()> {
+        let ids = self.memory(4 * call.ids.len())?;
+        self.driver.upload(bytemuck::cast_slice(call.ids), ids.at())?;
+        let out = call.out.as_view();
+        let params = EmbeddingParams {
+            table: rows(&call.table),
+            out: rows(&out),
+            ids: ids.at(),
+            dim: out.shape()[1] as u32,
+            reserved: 0,
+        };
+        self.launch("embedding", [call.ids.len(), 1], words(&params))
+    }
+
+    pub(super) fn run_merge(&self, call: MergeCall<'_>) -> Result<()> {
+        let MergeCall { states, out, lse } = call;
+        if states.len() > MERGE_STATES {
+            let expected = format_args!("at most {MERGE_STATES} in one call on a GPU").to_string();
+            return Err(Error::value("merge", "states", expected, states.len()));
+        }
+        let (out, lse) = (out.as_view(), lse.0.as_view());
+        let (count, dim) = (out.shape()[0] * out.shape()[1], out.shape()[2]);
+        let scalars = |view: &View<'_>| Rows {
+            inner: token_rows(Some(view)).head,
+            num_inner: out.shape()[1] as u32,
+            ..rows(view)
+        };
+        let mut params = MergeStatesParams {
+            o: [Rows::NONE; MERGE_STATES],
+            lse: [Rows::NONE; MERGE_STATES],
+            out: rows(&out),
+            out_lse: scalars(&lse),
+            num_states: states.len() as u32,
+            num_rows: count as u32,
+            dim: dim as u32,
+            reserved: 0,
+        };
+        for (i, (o, lse)) in states.iter().enumerate() {
+            (params.o[i], params.lse[i]) = (rows(o), scalars(&lse.0));
+        }
+        self.launch("merge_states", [count.div_ceil(MERGE_ROWS), 1], words(&params))
+    }
+
+    pub(super) fn run_sample(&self, call: SampleCall<'_>) -> Result<()> {
+        let SampleCall { logits, params, ids } = call;
+        let how: Vec<SampleRow> = params
+            .iter()
+            .map(|p| SampleRow {
+                random: random_bits(p.seed, p.step),
+                temperature: p.temperature,
+                top_k: u32::try_from(p.top_k).unwrap_or(0),
+                top_p: p.top_p,
+                min_p: p.min_p,
+            })
+            .collect();
+        let (rows_at, ids_at) = (self.memory(size_of::<SampleRow>() * how.len())?, self.memory(4 * ids.len())?);
+        self.driver.upload(bytes(&how), rows_at.at())?;
+        let params = SampleParams {
+            logits: rows(&logits),
+            rows: rows_at.at(),
+            ids: ids_at.at(),
+            vocab: logits.shape()[1] as u32,
+            reserved: 0,
+        };
+        self.launch("sample", [how.len(), 1], words(&params))?;
+        self.driver.download(ids_at.at(), bytemuck::cast_slice_mut(ids))
+    }
+}
