@@ -9,7 +9,8 @@ use ferroflash::op::append_kv::AppendPlan;
 use ferroflash::op::attention::AttentionPlan;
 use ferroflash::op::int4;
 use ferroflash::{
-    AttentionSpec, Batch, DType, Device, INT4_GROUP, Int4Pages, Int4PagesMut, Kv, KvMut, KvTable, Splits, Tensor,
+    AttentionSpec, Batch, DType, Device, INT4_GROUP, Int4Pages, Int4PagesMut, Kv, KvMut, KvTable, Splits,
+    Tensor,
 };
 use half::f16;
 
@@ -52,7 +53,8 @@ impl Int4Memory {
     }
 
     fn view(&self) -> Int4Pages<'_> {
-        let [k_codes, k_params, v_codes, v_params, k_tail, v_tail] = self.tensors.each_ref().map(|t| t.view());
+        let [k_codes, k_params, v_codes, v_params, k_tail, v_tail] =
+            self.tensors.each_ref().map(|t| t.view());
         Int4Pages { k_codes, k_params, v_codes, v_params, k_tail, v_tail }
     }
 
@@ -194,7 +196,8 @@ fn int4_attention_reads_pages_and_tails() {
                 let values: Vec<_> = (0..second[s]).map(|t| row(1, t)).collect();
                 let at = (s * 4 + head) * dim;
                 let features = Features { scale: 0.125, ..Default::default() };
-                let (exact, _) = attend::<f64>(&q[at..][..dim], 0, &keys, &values, &features, |_| true, |p| p);
+                let (exact, _) =
+                    attend::<f64>(&q[at..][..dim], 0, &keys, &values, &features, |_| true, |p| p);
                 // Tensor cores take 16-bit keys, values and weights.
                 let half = |rows: &[Vec<f32>]| -> Vec<Vec<f32>> {
                     rows.iter().map(|r| r.iter().map(|&x| rounded(dtype, x)).collect()).collect()

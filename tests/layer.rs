@@ -193,16 +193,27 @@ fn sampling_from_many_logits() {
             });
             let allowed = &kept[..enough.map_or(kept.len(), |i| (i + 2).min(kept.len()))];
             let params: Vec<SamplingParams> = (0..20)
-                .map(|step| SamplingParams { temperature: 1.0, top_k, top_p, seed: 5, step, ..Default::default() })
+                .map(|step| SamplingParams {
+                    temperature: 1.0,
+                    top_k,
+                    top_p,
+                    seed: 5,
+                    step,
+                    ..Default::default()
+                })
                 .collect();
             let mut ids = vec![0; 20];
             sample(&device, on(&device, &logits.repeat(20), &[20, n]).view(), &params, &mut ids).unwrap();
-            assert!(ids.iter().all(|&id| allowed.contains(&(id as usize))), "{device:?} {top_k} {top_p} {ids:?}");
+            assert!(
+                ids.iter().all(|&id| allowed.contains(&(id as usize))),
+                "{device:?} {top_k} {top_p} {ids:?}"
+            );
             if top_k == 0 && top_p == 1.0 {
                 // The same draw as summing in token order.
                 let mut cpu = vec![0; 20];
                 let cpu_device = Device::cpu();
-                sample(&cpu_device, on(&cpu_device, &logits.repeat(20), &[20, n]).view(), &params, &mut cpu).unwrap();
+                sample(&cpu_device, on(&cpu_device, &logits.repeat(20), &[20, n]).view(), &params, &mut cpu)
+                    .unwrap();
                 assert_eq!(ids, cpu, "{device:?}");
             }
         }

@@ -3,13 +3,11 @@
 mod common;
 
 use common::cases::{Case, Place, Problem, Tables, compare};
-use common::{Elements, devices, is_gpu, rounded};
 use common::reference::{Features, attend};
+use common::{Elements, devices, is_gpu, rounded};
 use ferroflash::op::append_kv::AppendPlan;
 use ferroflash::op::select_pages::{PageBudget, SparsePlan};
-use ferroflash::{
-    AttentionSpec, Batch, DType, Device, KvCache, KvCacheSpec, KvFormat, KvTable, Splits,
-};
+use ferroflash::{AttentionSpec, Batch, DType, Device, KvCache, KvCacheSpec, KvFormat, KvTable, Splits};
 
 /// A paged case with its cache filled through `append_kv`, so that it has summaries.
 fn cache_of(

@@ -426,6 +426,20 @@ pub struct Int4Rows {
     pub v_tail: PageRows,
 }
 
+/// What attention over int4 pages is given.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionInt4Params {
+    /// As ever; its K and V rows are not looked at.
+    pub attention: AttentionParams,
+    /// Pages.
+    pub pages: Int4Rows,
+    /// Channels that share a V scale.
+    pub v_group: Divisor,
+    /// Groups of channels, `head_dim / v_group`.
+    pub v_groups: u32,
+}
+
 /// A group of tokens that an append completes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -606,6 +620,7 @@ macro_rules! plain {
 plain! {
     AttentionParams: 248,
     MergePartialsParams: 96,
+    AttentionInt4Params: 456,
     WorkItem: 32,
     MergeItem: 24,
     Sequence: 56,

@@ -169,7 +169,8 @@ impl Problem {
         }
         let mut plan = AttentionPlan::new(device, spec, &batch, case.splits).unwrap();
         let lse_view = NaturalLog(lse.view_mut());
-        plan.run(q.view(), tables.kv(), out.view_mut(), Some(lse_view)).unwrap_or_else(|e| panic!("{e}\n{case:#?}"));
+        plan.run(q.view(), tables.kv(), out.view_mut(), Some(lse_view))
+            .unwrap_or_else(|e| panic!("{e}\n{case:#?}"));
         Outcome { out: Elements::of_tensor(&out).to_f32(), lse: lse.to_vec().unwrap() }
     }
 

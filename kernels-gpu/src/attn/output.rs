@@ -20,7 +20,7 @@ pub(crate) struct Output<'a> {
 impl Output<'_> {
     #[inline(always)]
     fn stride(&self) -> u64 {
-        4 * partial_stride(self.p.head_dim as usize) as u64
+        4 * partial_stride(isa::opaque(self.p.head_dim) as usize) as u64
     }
 
     /// Address of the state of packed row `row` among the rows of states from `first`.
@@ -32,12 +32,12 @@ impl Output<'_> {
     /// Channel of a lane's pair in tile `j`.
     #[inline(always)]
     fn channel_of(&self, j: usize) -> u32 {
-        isa::opaque(self.channel) + 8 * j as u32 + 2 * (isa::opaque(isa::thread_x()) % 4)
+        isa::opaque(self.channel) + 8 * j as u32 + (2 * isa::opaque(isa::thread_x()) & 6)
     }
 
     #[inline(always)]
     fn m_l_at(&self, state: u64) -> u64 {
-        state + 4 * (self.p.head_dim as u64).next_multiple_of(16)
+        state + 4 * (isa::opaque(self.p.head_dim) as u64).next_multiple_of(16)
     }
 
     /// Writes reduced states as rows `first..` of the partial states.
@@ -64,7 +64,7 @@ impl Output<'_> {
                     unsafe { isa::st_global_2(at + 4 * channel as u64, pair) };
                 }
             }
-            if self.leads && isa::thread_x() % 4 == 0 {
+            if self.leads && 2 * isa::thread_x() & 6 == 0 {
                 let pair = [state.m[r].to_bits(), state.l[r].to_bits()];
                 // SAFETY: as above; rows end with room for these two.
                 unsafe { isa::st_global_2(self.m_l_at(at), pair) };
@@ -136,7 +136,7 @@ impl Output<'_> {
                     unsafe { isa::st_global_1(at + 2 * channel as u64, [T::pack(x(0), x(1))]) };
                 }
             }
-            if self.p.lse.base != 0 && self.leads && isa::thread_x() % 4 == 0 {
+            if self.p.lse.base != 0 && self.leads && 2 * isa::thread_x() & 6 == 0 {
                 // SAFETY: as above.
                 unsafe { isa::st_global_1(self.p.lse.at(token, head), [lse.to_bits()]) };
             }

@@ -18,7 +18,24 @@ pub unsafe fn cp_async_16(to: u32, from: u64, bytes: u32) {
             to = in(reg32) to, from = in(reg64) from, n = in(reg32) bytes, options(nostack))
     }
     #[cfg(not(target_arch = "nvptx64"))]
-    sim::cp_async(to, from, bytes);
+    sim::cp_async::<4>(to, from, bytes);
+}
+
+/// `cp.async.ca.shared.global [to], [from], 4, bytes`: as [`cp_async_16`], for 4 bytes.
+///
+/// # Safety
+/// As [`cp_async_16`], 4-byte aligned.
+#[inline(always)]
+#[track_caller]
+pub unsafe fn cp_async_4(to: u32, from: u64, bytes: u32) {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: the caller's promise.
+    unsafe {
+        core::arch::asm!("cp.async.ca.shared.global [{to}], [{from}], 4, {n};",
+            to = in(reg32) to, from = in(reg64) from, n = in(reg32) bytes, options(nostack))
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    sim::cp_async::<1>(to, from, bytes);
 }
 
 /// `cp.async.commit_group`: the copies since the last one are a group.

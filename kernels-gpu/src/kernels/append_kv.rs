@@ -39,7 +39,8 @@ impl RopeParams {
         while i < half {
             let at = 4 * (token as u64 * half as u64 + i as u64);
             // SAFETY: the host gives an angle per token and pair.
-            let (cos, sin) = unsafe { (load(self.cos + at, element::F32, 0), load(self.sin + at, element::F32, 0)) };
+            let (cos, sin) =
+                unsafe { (load(self.cos + at, element::F32, 0), load(self.sin + at, element::F32, 0)) };
             let (first, second) = self.pair(i);
             let (a, b) = (get(first), get(second));
             put(first, a * cos - b * sin);

@@ -5,58 +5,67 @@
 //! softmax of all 64 columns, and warp `w` accumulates its quarter of O's channels. So every sum has the same
 //! order as in the prefill kernel, and a row's bits do not depend on which of the two computes it.
 
-use crate::abi::{AttentionParams, DECODE_ROWS, KV_BLOCK};
+use core::marker::PhantomData;
+
+use crate::abi::{DECODE_ROWS, KV_BLOCK};
 use crate::attn::mask;
 use crate::attn::output::{Accumulator, Output};
 use crate::attn::rows::{Place, load_item};
 use crate::attn::softmax::{Logits, Scores, State};
 use crate::isa;
 use crate::kernels::prefill::copy_q;
-use crate::sched::{Ring, section_end};
+use crate::sched::{Source, section_end};
 use crate::tile::fragment::c_to_a;
 use crate::tile::{Half, SharedTile};
 
 /// Words from row to row of S: 64, and 8 so that four rows of a half-warp's stores meet 32 banks.
 const S_STRIDE: u32 = 72;
 
-/// `CHUNKS` of 8 channels; a ring of `RING` tiles: 64 to 72 KiB, so that two or three CTAs keep an SM's loads in
-/// flight on all GPUs, and one fits where shared memory ends at 99 KiB.
-pub(super) struct Config<const CHUNKS: u32, const RING: u32>;
+/// `CHUNKS` of 8 channels. Rings of 64 to 72 KiB, so that two or three CTAs keep an SM's loads in flight on all
+/// GPUs, and one fits where shared memory ends at 99 KiB; of int4, four stages.
+pub(super) struct Config<S, const CHUNKS: u32>(PhantomData<S>);
 
-impl<const CHUNKS: u32, const RING: u32> super::Config for Config<CHUNKS, RING> {
+impl<S: Source<'static, CHUNKS>, const CHUNKS: u32> super::Config for Config<S, CHUNKS> {
     const THREADS: u32 = 128;
     const MIN_CTAS: u32 = 2;
-    const SHARED_BYTES: u32 = Plan::<CHUNKS, RING>::BYTES;
+    const SHARED_BYTES: u32 = Plan::<CHUNKS>::TILES + S::BYTES;
 }
 
-/// Shared memory: Q `[16, head_dim]`, S `[16, 64]` f32, the ring, the place.
-struct Plan<const CHUNKS: u32, const RING: u32>;
+/// Shared memory: Q `[16, head_dim]`, S `[16, 64]` f32, the place, the tiles of K and V.
+struct Plan<const CHUNKS: u32>;
 
-impl<const CHUNKS: u32, const RING: u32> Plan<CHUNKS, RING> {
+impl<const CHUNKS: u32> Plan<CHUNKS> {
     const S: u32 = SharedTile::<CHUNKS>::bytes(DECODE_ROWS as u32);
-    const RING: u32 = (Self::S + 4 * S_STRIDE * DECODE_ROWS as u32).next_multiple_of(128);
-    const PLACE: u32 = Self::RING + Ring::<CHUNKS, 128, RING>::BYTES;
-    const BYTES: u32 = Self::PLACE + Place::BYTES;
+    const PLACE: u32 = Self::S + 4 * S_STRIDE * DECODE_ROWS as u32;
+    const TILES: u32 = (Self::PLACE + Place::BYTES).next_multiple_of(128);
 }
 
-/// The kernel. `TILES` is the number of 8-channel tiles of O in a warp, `CHUNKS / 4`.
+/// The kernel, for queries and outputs of type `Io` and products of type `T`. `TILES` is the number of 8-channel
+/// tiles of O in a warp, `CHUNKS / 4`.
 #[inline(always)]
-pub(super) unsafe fn body<T: Half, const CHUNKS: u32, const TILES: usize, const RING: u32>(
-    p: &AttentionParams,
+pub(super) unsafe fn body<
+    'a,
+    Io: Half,
+    T: Half,
+    S: Source<'a, CHUNKS>,
+    const CHUNKS: u32,
+    const TILES: usize,
+>(
+    params: &'a S::Params,
 ) {
+    let p = S::attention(params);
     let (item, seq) = load_item(p);
     let (warp, lane) = (isa::thread_x() / 32, isa::thread_x() % 32);
     let base = isa::shared_base();
     let q = SharedTile::<CHUNKS>::new(base);
-    copy_q::<CHUNKS, 128>(p, &seq, &item, q, DECODE_ROWS as u32);
-    // SAFETY: the plan gives the ring the rest; the host has checked the item's KV.
-    let mut ring =
-        unsafe { Ring::<CHUNKS, 128, RING>::start(p, &seq, &item, base + Plan::<CHUNKS, RING>::RING) };
+    copy_q::<Io, T, CHUNKS>(p, &seq, &item, q, DECODE_ROWS as u32, 128);
+    // SAFETY: the plan gives the tiles the rest; the host has checked the item's KV.
+    let mut ring = unsafe { S::start(params, &seq, &item, base + Plan::<CHUNKS>::TILES) };
     // The lane's place in S, as a C fragment.
-    let s_at = base + Plan::<CHUNKS, RING>::S + 4 * (lane / 4 * S_STRIDE + 2 * (lane % 4));
+    let s_at = base + Plan::<CHUNKS>::S + 4 * (lane / 4 * S_STRIDE + 2 * (lane % 4));
 
-    // SAFETY: the plan ends with it.
-    let rows = unsafe { Place::publish(p, &item, &seq, base + Plan::<CHUNKS, RING>::PLACE) }.rows(0);
+    // SAFETY: the plan has room for it.
+    let rows = unsafe { Place::publish(p, &item, &seq, base + Plan::<CHUNKS>::PLACE) }.rows(0);
     let logits = Logits::new(&p.score, p.alibi_slopes != 0);
     let channel = 8 * TILES as u32 * warp;
     let output = Output { p, channel, leads: warp == 0 };
@@ -118,7 +127,7 @@ pub(super) unsafe fn body<T: Half, const CHUNKS: u32, const TILES: usize, const 
             }
             at += KV_BLOCK as u32;
         }
-        output.end_section::<T, TILES>(end, &rows, state.reduced(logits.factor), &mut o);
+        output.end_section::<Io, TILES>(end, &rows, state.reduced(logits.factor), &mut o);
         if end == item.kv_end {
             return;
         }

@@ -88,9 +88,11 @@ pub(super) unsafe fn append_tail(p: &Int4AppendParams) {
     }
     let (i, head) = isa::div_rem(index, p.num_kv_heads);
     // SAFETY: `num_tail_tokens` of them.
-    let t: Int4TailToken = unsafe { read_struct(p.tail_tokens + size_of::<Int4TailToken>() as u64 * i as u64) };
+    let t: Int4TailToken =
+        unsafe { read_struct(p.tail_tokens + size_of::<Int4TailToken>() as u64 * i as u64) };
     let (k, v) = (p.k.at(t.token * p.num_kv_heads + head), p.v.at(t.token * p.num_kv_heads + head));
-    let (k_to, v_to) = (p.pages.k_tail.at(t.tail, head, t.in_group), p.pages.v_tail.at(t.tail, head, t.in_group));
+    let (k_to, v_to) =
+        (p.pages.k_tail.at(t.tail, head, t.in_group), p.pages.v_tail.at(t.tail, head, t.in_group));
     // SAFETY: the host has checked rows and tails; a tail's token is one warp's.
     let get = |i| unsafe { load(k, p.k.dtype, i) };
     // SAFETY: as above.

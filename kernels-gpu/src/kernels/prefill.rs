@@ -4,13 +4,15 @@
 //! its way, masks and online softmax, `O += P V` while the next K is on its way. P never leaves its lane's
 //! registers.
 
+use core::marker::PhantomData;
+
 use crate::abi::{AttentionParams, KV_BLOCK, PREFILL_ROWS, Sequence, WorkItem};
 use crate::attn::mask;
 use crate::attn::output::{Accumulator, Output};
 use crate::attn::rows::{Place, load_item, token_head};
 use crate::attn::softmax::{Logits, Scores, State};
 use crate::isa;
-use crate::sched::{Ring, section_end};
+use crate::sched::{Source, section_end};
 use crate::tile::fragment::c_to_a;
 use crate::tile::{Half, SharedTile};
 
@@ -22,61 +24,46 @@ use crate::tile::{Half, SharedTile};
 /// | 192, 256 | 1 x 8 | O of 32 rows would take 192 or 256 of 255 registers |
 ///
 /// One K and one V tile, as one computes while the other loads; a second CTA on the SM hides the rest.
-pub(super) struct Config<const CHUNKS: u32, const M: u32, const WARPS: u32>;
+pub(super) struct Config<S, const CHUNKS: u32, const M: u32, const WARPS: u32>(PhantomData<S>);
 
-impl<const CHUNKS: u32, const M: u32, const WARPS: u32> super::Config for Config<CHUNKS, M, WARPS> {
+impl<S: Source<'static, CHUNKS>, const CHUNKS: u32, const M: u32, const WARPS: u32> super::Config
+    for Config<S, CHUNKS, M, WARPS>
+{
     const THREADS: u32 = 32 * WARPS;
     const MIN_CTAS: u32 = if WARPS == 4 { 2 } else { 1 };
     const SHARED_BYTES: u32 = {
         assert!(16 * M * WARPS == PREFILL_ROWS as u32);
-        // Q, the ring, the place. The ring is the same for 4 warps and 8.
-        SharedTile::<CHUNKS>::bytes(PREFILL_ROWS as u32) + Ring::<CHUNKS, 128, 2>::BYTES + Place::BYTES
+        // Q, the tiles of K and V, the place.
+        SharedTile::<CHUNKS>::bytes(PREFILL_ROWS as u32) + S::BYTES + Place::BYTES
     };
 }
 
-/// The kernel. `TILES` is `CHUNKS`, as a length.
+/// The kernel, for queries and outputs of type `Io` and products of type `T`. `TILES` is `CHUNKS`, as a length.
 #[inline(always)]
 pub(super) unsafe fn body<
+    'a,
+    Io: Half,
     T: Half,
+    S: Source<'a, CHUNKS>,
     const CHUNKS: u32,
     const TILES: usize,
     const M: usize,
     const WARPS: u32,
 >(
-    p: &AttentionParams,
+    params: &'a S::Params,
 ) {
-    // The ring's number of threads must be a constant of its own.
-    if WARPS == 4 {
-        // SAFETY: the launch's promise.
-        unsafe { with_threads::<T, CHUNKS, TILES, M, WARPS, 128>(p) }
-    } else {
-        // SAFETY: as above.
-        unsafe { with_threads::<T, CHUNKS, TILES, M, WARPS, 256>(p) }
-    }
-}
-
-#[inline(always)]
-unsafe fn with_threads<
-    T: Half,
-    const CHUNKS: u32,
-    const TILES: usize,
-    const M: usize,
-    const WARPS: u32,
-    const THREADS: u32,
->(
-    p: &AttentionParams,
-) {
+    let p = S::attention(params);
     let (item, seq) = load_item(p);
     let (warp, lane) = (isa::thread_x() / 32, isa::thread_x() % 32);
     let q = SharedTile::<CHUNKS>::new(isa::shared_base());
-    copy_q::<CHUNKS, THREADS>(p, &seq, &item, q, PREFILL_ROWS as u32);
+    copy_q::<Io, T, CHUNKS>(p, &seq, &item, q, PREFILL_ROWS as u32, 32 * WARPS);
     let ring_base = isa::shared_base() + SharedTile::<CHUNKS>::bytes(PREFILL_ROWS as u32);
     // SAFETY: the shared-memory plan gives the ring the rest; the host has checked the item's KV.
-    let mut ring = unsafe { Ring::<CHUNKS, THREADS, 2>::start(p, &seq, &item, ring_base) };
+    let mut ring = unsafe { S::start(params, &seq, &item, ring_base) };
 
     let first_row = warp * 16 * M as u32;
     // SAFETY: the shared-memory plan ends with it.
-    let place = unsafe { Place::publish(p, &item, &seq, ring_base + Ring::<CHUNKS, THREADS, 2>::BYTES) };
+    let place = unsafe { Place::publish(p, &item, &seq, ring_base + S::BYTES) };
     let kv_end = item.kv_end;
     let rows = |m: usize| place.rows(first_row + 16 * m as u32);
     let logits = Logits::new(&p.score, p.alibi_slopes != 0);
@@ -96,7 +83,8 @@ unsafe fn with_threads<
             // registers. Channels past head_dim are zeros and left out by pairs of steps.
             let mut chunk = 0;
             while chunk < p.head_dim / 8 {
-                for chunk in [chunk, chunk + 2] {
+                // Two steps at once where there are registers to load ahead.
+                for chunk in [chunk, chunk + 2].into_iter().take(if M == 1 { 2 } else { 1 }) {
                     // SAFETY: Q and K are visible since `take_k`.
                     let a: [[u32; 4]; M] =
                         core::array::from_fn(|m| unsafe { q.a(lane, first_row + 16 * m as u32, chunk) });
@@ -109,7 +97,7 @@ unsafe fn with_threads<
                         }
                     }
                 }
-                chunk += 4;
+                chunk += if M == 1 { 4 } else { 2 };
             }
             let v = ring.take_v(at);
             let lane = isa::opaque(lane);
@@ -148,7 +136,7 @@ unsafe fn with_threads<
         }
         let last = end == kv_end;
         for m in 0..M {
-            output.end_section::<T, TILES>(end, &rows(m), state[m].reduced(logits.factor), &mut o[m]);
+            output.end_section::<Io, TILES>(end, &rows(m), state[m].reduced(logits.factor), &mut o[m]);
         }
         if last {
             return;
@@ -156,14 +144,16 @@ unsafe fn with_threads<
     }
 }
 
-/// Sets out to copy the item's query rows; zeros for rows up to `tile_rows` and channels that are not there.
+/// Brings the item's query rows to shared memory, by copies of the first group or, where they are to be converted,
+/// at once; zeros for rows up to `tile_rows` and channels that are not there.
 #[inline(always)]
-pub(super) fn copy_q<const CHUNKS: u32, const THREADS: u32>(
+pub(super) fn copy_q<Io: Half, T: Half, const CHUNKS: u32>(
     p: &AttentionParams,
     seq: &Sequence,
     item: &WorkItem,
     q: SharedTile<CHUNKS>,
     tile_rows: u32,
+    threads: u32,
 ) {
     let mut index = isa::thread_x();
     while index < tile_rows * CHUNKS {
@@ -176,7 +166,25 @@ pub(super) fn copy_q<const CHUNKS: u32, const THREADS: u32>(
             from = p.q.at(seq.q_start + token as u64, head) + chunk as u64 * 16;
         }
         // SAFETY: rows below the item's end are inside Q, as the host has checked; the tile is its own.
-        unsafe { isa::cp_async_16(q.at(row, chunk), from, if there { 16 } else { 0 }) };
-        index += THREADS;
+        unsafe {
+            if Io::IS_BF16 == T::IS_BF16 {
+                isa::cp_async_16(q.at(row, chunk), from, if there { 16 } else { 0 });
+            } else {
+                let words = if there { isa::ld_global_4(from) } else { [0; 4] };
+                isa::st_shared_4(q.at(row, chunk), words.map(convert::<Io, T>));
+            }
+        }
+        index += threads;
     }
+}
+
+/// Two values in another 16-bit type; f16 takes bf16's up to its own largest.
+#[inline(always)]
+fn convert<Io: Half, T: Half>(x: u32) -> u32 {
+    let clamp = |x: f32| {
+        let x = if x > 65504.0 { 65504.0 } else { x };
+        if x < -65504.0 { -65504.0 } else { x }
+    };
+    let (low, high) = Io::unpack(x);
+    if T::IS_BF16 { T::pack(low, high) } else { T::pack(clamp(low), clamp(high)) }
 }

@@ -1,6 +1,8 @@
 //! How work is scheduled.
 
+mod int4_ring;
 pub(crate) mod radix;
 mod ring;
 
-pub(crate) use ring::{Ring, section_end};
+pub(crate) use int4_ring::Int4Ring;
+pub(crate) use ring::{Ring, Source, section_end};

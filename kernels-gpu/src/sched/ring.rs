@@ -5,6 +5,45 @@ use crate::attn::kv::{KvRows, PageList};
 use crate::isa;
 use crate::tile::SharedTile;
 
+/// K and V of an item's blocks, one tile after the other, as 16-bit elements in shared memory.
+pub(crate) trait Source<'a, const CHUNKS: u32>: Sized {
+    /// Shared bytes.
+    const BYTES: u32;
+    /// What the kernel is given.
+    type Params: 'a;
+
+    /// Sets out with the first tiles. Copies that the caller has issued before, and not committed, belong to
+    /// the first tile's group.
+    ///
+    /// # Safety
+    /// `base` is [`Source::BYTES`] of shared memory that nothing else uses; the item's KV is readable.
+    unsafe fn start(p: &'a Self::Params, seq: &Sequence, item: &WorkItem, base: u32) -> Self;
+
+    fn attention(p: &Self::Params) -> &AttentionParams;
+
+    /// K of the block from token `at`, which is the next one: visible to all lanes; the V before it is given
+    /// up by all of them.
+    fn take_k(&mut self, at: u32) -> SharedTile<CHUNKS>;
+
+    /// The block's V, likewise; its K is given up.
+    fn take_v(&mut self, at: u32) -> SharedTile<CHUNKS>;
+}
+
+/// Waits for all of a lane's copies but the newest `tiles - 2` groups: of a ring of `tiles`, the one that is
+/// taken next has arrived.
+#[inline(always)]
+#[track_caller]
+pub(crate) fn wait_for_next<const TILES: u32>() {
+    const { assert!(matches!(TILES, 2 | 3 | 4 | 6 | 8)) };
+    match TILES {
+        2 => isa::cp_async_wait::<0>(),
+        3 => isa::cp_async_wait::<1>(),
+        4 => isa::cp_async_wait::<2>(),
+        6 => isa::cp_async_wait::<4>(),
+        _ => isa::cp_async_wait::<6>(),
+    }
+}
+
 /// A ring of `TILES` shared tiles through which K and V of an item's blocks pass in turn: K of the first
 /// block, V of it, K of the second... While one is used, up to `TILES - 1` are on their way.
 pub(crate) struct Ring<'a, const CHUNKS: u32, const THREADS: u32, const TILES: u32> {
@@ -21,33 +60,6 @@ pub(crate) struct Ring<'a, const CHUNKS: u32, const THREADS: u32, const TILES: u
 }
 
 impl<'a, const CHUNKS: u32, const THREADS: u32, const TILES: u32> Ring<'a, CHUNKS, THREADS, TILES> {
-    /// Shared bytes.
-    pub(crate) const BYTES: u32 = TILES * SharedTile::<CHUNKS>::bytes(KV_BLOCK as u32);
-
-    /// Sets out with the first tiles. Copies that the caller has issued before, and not committed, belong to
-    /// the first tile's group.
-    ///
-    /// # Safety
-    /// `base` is [`Ring::BYTES`] of shared memory that nothing else uses; the item's KV is readable.
-    #[inline(always)]
-    #[track_caller]
-    pub(crate) unsafe fn start(p: &'a AttentionParams, seq: &Sequence, item: &WorkItem, base: u32) -> Self {
-        let mut ring = Ring {
-            base,
-            k: KvRows::new(&p.k, seq, item),
-            v: KvRows::new(&p.v, seq, item),
-            pages: PageList::new(p.pages, p.page_size, seq, item.kv_head),
-            head_dim: p.head_dim,
-            end: item.kv_end,
-            put: 0,
-            take: 0,
-        };
-        for i in 0..TILES - 1 {
-            ring.put(i % 2 == 1, item.kv_start + i / 2 * KV_BLOCK as u32);
-        }
-        ring
-    }
-
     #[inline(always)]
     fn tile(&self, slot: u32) -> SharedTile<CHUNKS> {
         SharedTile::new(self.base + slot * SharedTile::<CHUNKS>::bytes(KV_BLOCK as u32))
@@ -71,15 +83,7 @@ impl<'a, const CHUNKS: u32, const THREADS: u32, const TILES: u32> Ring<'a, CHUNK
     #[inline(always)]
     #[track_caller]
     fn take(&mut self, is_v: bool, at: u32) -> SharedTile<CHUNKS> {
-        // All groups but those of the tiles after this one.
-        match TILES {
-            2 => isa::cp_async_wait::<0>(),
-            3 => isa::cp_async_wait::<1>(),
-            4 => isa::cp_async_wait::<2>(),
-            6 => isa::cp_async_wait::<4>(),
-            _ => isa::cp_async_wait::<6>(),
-        }
-        const { assert!(matches!(TILES, 2 | 3 | 4 | 6 | 8)) };
+        wait_for_next::<TILES>();
         isa::bar_sync();
         // Tiles are numbered K 0, V 0, K 1...: `TILES - 1` after this one comes
         let ahead = is_v as u32 + TILES - 1;
@@ -88,18 +92,47 @@ impl<'a, const CHUNKS: u32, const THREADS: u32, const TILES: u32> Ring<'a, CHUNK
         self.take = if self.take + 1 == TILES { 0 } else { self.take + 1 };
         tile
     }
+}
 
-    /// K of the block from token `at`, which is the next one: visible to all lanes; the V before it is given up by all of them.
+impl<'a, const CHUNKS: u32, const THREADS: u32, const TILES: u32> Source<'a, CHUNKS>
+    for Ring<'a, CHUNKS, THREADS, TILES>
+{
+    const BYTES: u32 = TILES * SharedTile::<CHUNKS>::bytes(KV_BLOCK as u32);
+    type Params = AttentionParams;
+
     #[inline(always)]
     #[track_caller]
-    pub(crate) fn take_k(&mut self, at: u32) -> SharedTile<CHUNKS> {
+    unsafe fn start(p: &'a AttentionParams, seq: &Sequence, item: &WorkItem, base: u32) -> Self {
+        let mut ring = Ring {
+            base,
+            k: KvRows::new(&p.k, seq, item),
+            v: KvRows::new(&p.v, seq, item),
+            pages: PageList::new(p.pages, p.page_size, seq, item.kv_head),
+            head_dim: p.head_dim,
+            end: item.kv_end,
+            put: 0,
+            take: 0,
+        };
+        for i in 0..TILES - 1 {
+            ring.put(i % 2 == 1, item.kv_start + i / 2 * KV_BLOCK as u32);
+        }
+        ring
+    }
+
+    #[inline(always)]
+    fn attention(p: &AttentionParams) -> &AttentionParams {
+        p
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn take_k(&mut self, at: u32) -> SharedTile<CHUNKS> {
         self.take(false, at)
     }
 
-    /// The block's V, likewise; its K is given up.
     #[inline(always)]
     #[track_caller]
-    pub(crate) fn take_v(&mut self, at: u32) -> SharedTile<CHUNKS> {
+    fn take_v(&mut self, at: u32) -> SharedTile<CHUNKS> {
         self.take(true, at)
     }
 }

@@ -49,6 +49,8 @@ impl Default for Lane {
 /// A `cp.async` on its way.
 struct Copy {
     to: u32,
+    /// One or four.
+    words: usize,
     /// Read early: the data; else where it will be read.
     data: Result<[u32; 4], u64>,
 }
@@ -202,27 +204,35 @@ pub(crate) fn barrier() {
     }
 }
 
+/// `N` words from global memory, first in an array of four.
+fn read_words<const N: usize>(cta: &mut Cta<'_>, from: u64, mark: Mark) -> Result<[u32; 4], String> {
+    let read = cta.global.read::<N>(from, mark)?;
+    let mut words = [0; 4];
+    words[..N].copy_from_slice(&read);
+    Ok(words)
+}
+
 #[track_caller]
-pub(crate) fn cp_async(to: u32, from: u64, bytes: u32) {
+pub(crate) fn cp_async<const N: usize>(to: u32, from: u64, bytes: u32) {
     let line = Location::caller();
     with(|cta, thread| {
         let (stamp, mark) = (cta.stamp(thread), cta.mark(thread));
-        let departed = cta.shared.depart(to, stamp);
+        let departed = cta.shared.depart(to, N, stamp);
         cta.check(thread, line, departed);
         // Drawn: the data is there at once, or only when it is waited for.
         let data = if bytes == 0 {
             Ok([0; 4])
         } else {
-            cta.stats.global_read += 16;
-            let data = cta.global.read(from, mark);
+            cta.stats.global_read += 4 * N as u64;
+            let data = read_words::<N>(cta, from, mark);
             let data = cta.check(thread, line, data);
             if cta.rng.bits() & 1 == 0 { Ok(data) } else { Err(from) }
         };
         if let Ok(data) = data {
-            cta.shared.arrive_early(to, data);
+            cta.shared.arrive_early(to, &data[..N]);
         }
-        cta.lanes[thread].open.push(Copy { to, data });
-        cta.lanes[thread].log.push((to, 16));
+        cta.lanes[thread].open.push(Copy { to, words: N, data });
+        cta.lanes[thread].log.push((to, 4 * N as u32));
     });
 }
 
@@ -244,11 +254,14 @@ pub(crate) fn cp_async_wait(pending: usize) {
                 let data = match copy.data {
                     Ok(data) => data,
                     Err(from) => {
-                        let data = cta.global.read(from, mark);
+                        let data = match copy.words {
+                            1 => read_words::<1>(cta, from, mark),
+                            _ => read_words::<4>(cta, from, mark),
+                        };
                         cta.check(thread, line, data)
                     }
                 };
-                cta.shared.land(copy.to, data, stamp);
+                cta.shared.land(copy.to, &data[..copy.words], stamp);
             }
         }
     });

@@ -16,8 +16,9 @@ mod warp;
 pub use cta::{Kernel, Launch, launch};
 pub use global::Memory;
 pub(crate) use lane::{
-    atom_add_global, atom_add_shared, atom_add_shared_u64, barrier, collective, cp_async, cp_async_commit, cp_async_wait, here,
-    read_global, read_global_u16, read_shared, warp_sync, write_global, write_global_u16, write_shared,
+    atom_add_global, atom_add_shared, atom_add_shared_u64, barrier, collective, cp_async, cp_async_commit,
+    cp_async_wait, here, read_global, read_global_u16, read_shared, warp_sync, write_global,
+    write_global_u16, write_shared,
 };
 pub(crate) use warp::{bf16_value, f16_value, ldmatrix_x4, mma_m16n8k16};
 

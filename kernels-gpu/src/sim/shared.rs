@@ -173,26 +173,26 @@ impl Shared {
         Ok(old)
     }
 
-    /// A copy of 16 bytes sets out; until [`Shared::land`] nobody may touch its target.
-    pub(super) fn depart(&mut self, at: u32, now: Stamp) -> Result<(), String> {
-        let first = self.locate(at, 16)?;
-        self.claim(first, 4, at, now, false)?;
-        self.shadow[first..first + 4].iter_mut().for_each(|w| w.in_flight = now.lane);
+    /// A copy of `words` words sets out; until [`Shared::land`] nobody may touch its target.
+    pub(super) fn depart(&mut self, at: u32, words: usize, now: Stamp) -> Result<(), String> {
+        let first = self.locate(at, 4 * words as u32)?;
+        self.claim(first, words, at, now, false)?;
+        self.shadow[first..first + words].iter_mut().for_each(|w| w.in_flight = now.lane);
         Ok(())
     }
 
-    pub(super) fn land(&mut self, at: u32, x: [u32; 4], now: Stamp) {
+    pub(super) fn land(&mut self, at: u32, x: &[u32], now: Stamp) {
         let first = (at - SHARED_BASE) as usize / 4;
-        self.data[first..first + 4].copy_from_slice(&x);
-        for word in &mut self.shadow[first..first + 4] {
+        self.data[first..first + x.len()].copy_from_slice(x);
+        for word in &mut self.shadow[first..first + x.len()] {
             word.in_flight = NOBODY;
             word.writer = now;
         }
     }
 
     /// The data of a copy arrives early: still nobody may look.
-    pub(super) fn arrive_early(&mut self, at: u32, x: [u32; 4]) {
+    pub(super) fn arrive_early(&mut self, at: u32, x: &[u32]) {
         let first = (at - SHARED_BASE) as usize / 4;
-        self.data[first..first + 4].copy_from_slice(&x);
+        self.data[first..first + x.len()].copy_from_slice(x);
     }
 }

@@ -4,6 +4,8 @@ use crate::isa;
 
 /// f16 or bf16.
 pub trait Half: Copy + 'static {
+    /// Which of the two.
+    const IS_BF16: bool;
     /// Two values in one register, the first in the low half, rounded to nearest even.
     fn pack(low: f32, high: f32) -> u32;
     /// Both values of a register.
@@ -22,6 +24,8 @@ pub struct F16;
 pub struct BF16;
 
 impl Half for F16 {
+    const IS_BF16: bool = false;
+
     #[inline(always)]
     fn pack(low: f32, high: f32) -> u32 {
         isa::pack_f16x2(low, high)
@@ -38,6 +42,8 @@ impl Half for F16 {
 }
 
 impl Half for BF16 {
+    const IS_BF16: bool = true;
+
     #[inline(always)]
     fn pack(low: f32, high: f32) -> u32 {
         isa::pack_bf16x2(low, high)

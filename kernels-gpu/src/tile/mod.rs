@@ -3,6 +3,7 @@
 pub(crate) mod elements;
 pub mod fragment;
 mod half_type;
+pub(crate) mod int4;
 mod shared_tile;
 
 pub use half_type::{BF16, F16, Half};

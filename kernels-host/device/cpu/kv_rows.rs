@@ -111,8 +111,7 @@ impl<'a> KvRows<'a> {
         let mut i = 0;
         while i < n {
             let (page, offset) = self.locate(seq, head, at + i);
-            let run =
-                if self.page_size == 0 { n - i } else { (n - i).min(self.page_size - offset) };
+            let run = if self.page_size == 0 { n - i } else { (n - i).min(self.page_size - offset) };
             let first = rows.at(page, head, offset);
             for j in 0..run {
                 addresses[i + j] = first.wrapping_add(j * rows.token);

@@ -1,12 +1,12 @@
 //! Append and int4 on a GPU: where a plan lies in device memory, and its launches.
 
 use ferroflash_kernels::abi::{
-    AppendParams, INT4_GROUP, Int4AppendParams, Int4DequantParams, Int4Group, Int4Rows, Int4TailToken, PageRows,
+    AppendParams, INT4_GROUP, Int4AppendParams, Int4DequantParams, Int4Group, Int4Rows, Int4TailToken,
     RopeParams, Rows, SKIP_SLOT, SummaryParams, TouchedPage,
 };
 
 use super::driver::{bytes, words};
-use super::params::{aligned, element, page_rows, rows};
+use super::params::{NO_PAGES, aligned, element, page_rows, rows};
 use super::{Blob, Gpu};
 use crate::device::{AppendCall, AppendCounts, DequantCall, Storage};
 use crate::error::Result;
@@ -16,7 +16,6 @@ use crate::spec::RopeStyle;
 
 /// Rows that a CTA takes, one a warp.
 const ROWS: usize = 4;
-const NO_PAGES: PageRows = PageRows { base: 0, page: 0, head: 0, token: 0 };
 
 /// Offsets of an append plan's parts in its device memory.
 struct Parts {
@@ -99,7 +98,7 @@ fn int4_work(plan: &AppendPlan, slots: &[u64]) -> (Vec<Int4Group>, Vec<Int4TailT
     (groups, tail_tokens)
 }
 
-fn int4_rows(pages: &Int4Pages<'_>) -> Int4Rows {
+pub(super) fn int4_rows(pages: &Int4Pages<'_>) -> Int4Rows {
     Int4Rows {
         k_codes: page_rows(&pages.k_codes),
         k_params: page_rows(&pages.k_params),
@@ -111,9 +110,16 @@ fn int4_rows(pages: &Int4Pages<'_>) -> Int4Rows {
 }
 
 /// What the int4 kernels ask beyond the operation's door.
-fn check_codes(op: &'static str, pages: &Int4Pages<'_>) -> Result<()> {
-    aligned(op, "k_codes", &pages.k_codes, 4)?;
-    aligned(op, "v_codes", &pages.v_codes, 4)
+pub(super) fn check_int4(op: &'static str, pages: &Int4Pages<'_>) -> Result<()> {
+    let parts = [
+        ("k_codes", &pages.k_codes),
+        ("v_codes", &pages.v_codes),
+        ("k_params", &pages.k_params),
+        ("v_params", &pages.v_params),
+    ];
+    parts.into_iter().try_for_each(|(what, view)| aligned(op, what, view, 4))?;
+    aligned(op, "k_tail", &pages.k_tail, 8)?;
+    aligned(op, "v_tail", &pages.v_tail, 8)
 }
 
 impl Gpu {
@@ -194,7 +200,7 @@ impl Gpu {
             KvMut::Paged { .. } => Ok(()),
             KvMut::Int4(pages) => {
                 let pages = pages.as_view();
-                check_codes("append_kv", &pages)?;
+                check_int4("append_kv", &pages)?;
                 let params = Int4AppendParams {
                     k: params.k,
                     v: params.v,
@@ -219,7 +225,7 @@ impl Gpu {
 
     pub(super) fn run_dequantize(&self, call: DequantCall<'_>) -> Result<()> {
         let DequantCall { pages, k, v } = call;
-        check_codes("int4::dequantize", &pages)?;
+        check_int4("int4::dequantize", &pages)?;
         let &[num_pages, heads, page_size, head_dim] = k.shape() else { return Ok(()) };
         let params = Int4DequantParams {
             pages: int4_rows(&pages),

@@ -1,15 +1,17 @@
 //! Attention on a GPU: where a plan lies in device memory, and its launches.
 
 use ferroflash_kernels::abi::{
-    AttentionParams, DECODE_ROWS, Divisor, MergeItem, MergePartialsParams, Sequence, WorkItem,
+    AttentionInt4Params, AttentionParams, DECODE_ROWS, Divisor, MergeItem, MergePartialsParams, Sequence,
+    WorkItem,
 };
 
 use super::Gpu;
+use super::append::{check_int4, int4_rows};
 use super::driver::{Launch, bytes, words};
-use super::params::{aligned, page_rows, ragged_rows, same_half, token_rows};
+use super::params::{NO_PAGES, aligned, page_rows, ragged_rows, same_half, token_rows};
 use crate::device::{AttentionCall, Storage};
 use crate::error::Result;
-use crate::kv_cache::Kv;
+use crate::kv_cache::{Kv, int4_v_group};
 use crate::plan::Plan;
 use crate::spec::AttentionSpec;
 use crate::tensor::DType;
@@ -29,6 +31,39 @@ const PREFILL: Family = [
 const DECODE: Family = [
     ["decode_f16_d64", "decode_f16_d96", "decode_f16_d128", "decode_f16_d192", "decode_f16_d256"],
     ["decode_bf16_d64", "decode_bf16_d96", "decode_bf16_d128", "decode_bf16_d192", "decode_bf16_d256"],
+];
+
+const PREFILL_INT4: Family = [
+    [
+        "prefill_int4_f16_d64",
+        "prefill_int4_f16_d96",
+        "prefill_int4_f16_d128",
+        "prefill_int4_f16_d192",
+        "prefill_int4_f16_d256",
+    ],
+    [
+        "prefill_int4_bf16_d64",
+        "prefill_int4_bf16_d96",
+        "prefill_int4_bf16_d128",
+        "prefill_int4_bf16_d192",
+        "prefill_int4_bf16_d256",
+    ],
+];
+const DECODE_INT4: Family = [
+    [
+        "decode_int4_f16_d64",
+        "decode_int4_f16_d96",
+        "decode_int4_f16_d128",
+        "decode_int4_f16_d192",
+        "decode_int4_f16_d256",
+    ],
+    [
+        "decode_int4_bf16_d64",
+        "decode_int4_bf16_d96",
+        "decode_int4_bf16_d128",
+        "decode_int4_bf16_d192",
+        "decode_int4_bf16_d256",
+    ],
 ];
 
 fn entry(family: &'static Family, dtype: DType, head_dim: usize) -> &'static str {
@@ -106,17 +141,22 @@ impl Gpu {
     pub(super) fn run_attention(&self, call: AttentionCall<'_>) -> Result<()> {
         let AttentionCall { op, spec, plan, workspace: storage, q, kv, out, lse } = call;
         let out_view = out.as_view();
-        let (k, v) = match kv {
-            Kv::Ragged { k, v } | Kv::Paged { k, v } => (k, v),
-            Kv::Int4(_) => {
-                return Err(crate::Error::dtype(op, "kv", "f16 or bf16 on a GPU", "int4"));
+        let dtype = same_half(op, &[("q", &q), ("out", &out_view)])?;
+        aligned(op, "q", &q, 16)?;
+        aligned(op, "out", &out_view, 4)?;
+        let (k, v) = match &kv {
+            Kv::Ragged { k, v } | Kv::Paged { k, v } => {
+                same_half(op, &[("q", &q), ("k", k), ("v", v)])?;
+                aligned(op, "k", k, 16)?;
+                aligned(op, "v", v, 16)?;
+                let rows = |view| if plan.page_size == 0 { ragged_rows(view) } else { page_rows(view) };
+                (rows(k), rows(v))
+            }
+            Kv::Int4(pages) => {
+                check_int4(op, pages)?;
+                (NO_PAGES, NO_PAGES)
             }
         };
-        let dtype = same_half(op, &[("q", &q), ("k", &k), ("v", &v), ("out", &out_view)])?;
-        for (what, view, bytes) in [("q", &q, 16), ("k", &k, 16), ("v", &v, 16), ("out", &out_view, 4)] {
-            aligned(op, what, view, bytes)?;
-        }
-        let rows = |view| if plan.page_size == 0 { ragged_rows(view) } else { page_rows(view) };
         let workspace = Workspace::new(spec, plan);
         let at = |offset: usize| storage.address() + offset as u64;
         let optional = |there: bool, offset: usize| if there { at(offset) } else { 0 };
@@ -127,8 +167,8 @@ impl Gpu {
             q: token_rows(Some(&q)),
             out: token_rows(Some(&out_view)),
             lse,
-            k: rows(&k),
-            v: rows(&v),
+            k,
+            v,
             items: at(workspace.items),
             sequences: at(workspace.sequences),
             pages: at(workspace.pages),
@@ -144,9 +184,23 @@ impl Gpu {
             reserved: 0,
         };
         let few = plan.items.iter().filter(|i| is_few(i)).count();
-        self.launch(entry(&DECODE, dtype, spec.head_dim), [few, 1], words(&params))?;
-        params.items += (few * size_of::<WorkItem>()) as u64;
-        self.launch(entry(&PREFILL, dtype, spec.head_dim), [plan.items.len() - few, 1], words(&params))?;
+        let parts = [(few, &DECODE, &DECODE_INT4), (plan.items.len() - few, &PREFILL, &PREFILL_INT4)];
+        for (count, family, family_int4) in parts {
+            match &kv {
+                Kv::Int4(pages) => {
+                    let v_group = int4_v_group(spec.head_dim);
+                    let params = AttentionInt4Params {
+                        attention: params,
+                        pages: int4_rows(pages),
+                        v_group: Divisor::new(v_group as u32),
+                        v_groups: (spec.head_dim / v_group) as u32,
+                    };
+                    self.launch(entry(family_int4, dtype, spec.head_dim), [count, 1], words(&params))?;
+                }
+                _ => self.launch(entry(family, dtype, spec.head_dim), [count, 1], words(&params))?,
+            }
+            params.items += (count * size_of::<WorkItem>()) as u64;
+        }
 
         let most_rows = plan.merges.iter().map(|m| m.row_end - m.row_start).max().unwrap_or(0);
         let merge = MergePartialsParams {

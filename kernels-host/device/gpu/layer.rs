@@ -1,7 +1,8 @@
 //! Launches of what stands around attention.
 
 use ferroflash_kernels::abi::{
-    EmbeddingParams, MERGE_STATES, MergeStatesParams, RmsNormParams, Rows, SampleParams, SampleRow, SiluMulParams,
+    EmbeddingParams, MERGE_STATES, MergeStatesParams, RmsNormParams, Rows, SampleParams, SampleRow,
+    SiluMulParams,
 };
 
 use super::Gpu;
@@ -93,7 +94,8 @@ impl Gpu {
                 min_p: p.min_p,
             })
             .collect();
-        let (rows_at, ids_at) = (self.memory(size_of::<SampleRow>() * how.len())?, self.memory(4 * ids.len())?);
+        let (rows_at, ids_at) =
+            (self.memory(size_of::<SampleRow>() * how.len())?, self.memory(4 * ids.len())?);
         self.driver.upload(bytes(&how), rows_at.at())?;
         let params = SampleParams {
             logits: rows(&logits),

@@ -5,6 +5,9 @@ use ferroflash_kernels::abi::{PageRows, Rows, TokenRows, element as code};
 use crate::error::{Error, Result};
 use crate::tensor::{DType, View};
 
+/// Pages that a kernel does not look at.
+pub(super) const NO_PAGES: PageRows = PageRows { base: 0, page: 0, head: 0, token: 0 };
+
 /// Rows `[token, head, channel]`, or `[token, head]`; no rows for `None`.
 pub(super) fn token_rows(view: Option<&View<'_>>) -> TokenRows {
     let Some(view) = view else { return TokenRows { base: 0, token: 0, head: 0 } };
@@ -64,8 +67,8 @@ pub(super) fn same_half(op: &'static str, views: &[(&'static str, &View<'_>)]) -
 /// Rows that are read and written `bytes` at a time.
 pub(super) fn aligned(op: &'static str, what: &'static str, view: &View<'_>, bytes: usize) -> Result<()> {
     let size = view.dtype().size();
-    let rank = view.shape().len();
-    let strides = &view.strides()[..rank - 1];
+    // What rows are found by: of pages, the first three dimensions.
+    let strides = &view.strides()[..(view.shape().len() - 1).min(3)];
     // A dimension of one entry is never stepped along.
     let stepped = || strides.iter().zip(view.shape()).filter(|(_, d)| **d > 1).map(|(s, _)| s * size);
     if (view.ptr() as usize).is_multiple_of(bytes) && stepped().all(|s| s.is_multiple_of(bytes)) {
