@@ -5,11 +5,6 @@ use ferroflash_kernels::abi::{KV_BLOCK, MergeItem, NO_PARTIAL, Sequence, WorkIte
 use crate::error::{Error, Result};
 use crate::spec::AttentionSpec;
 
-/// Packed query rows of one work item: enough that loading a KV block is small beside computing on
-/// it (its cost is about that of 8 rows), small enough that a tile's state stays in the CPU's L2 cache, and
-/// what a GPU's prefill kernel takes.
-pub(crate) const ROW_TILE: usize = ferroflash_kernels::abi::PREFILL_ROWS;
-
 /// Tiles of so few rows are bound by reading KV, not by arithmetic.
 const FEW_ROWS: u32 = 32;
 
@@ -21,6 +16,8 @@ const MEMORY_PIECE: u32 = 2048;
 /// What a device wants of a plan.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Schedule {
+    /// Packed query rows of one work item; 0: all rows of a sequence.
+    pub(crate) row_tile: usize,
     /// Parallel workers that items should fill.
     pub(crate) workers: usize,
     /// Whether an item that finishes rows after several sections gets room to keep them in between.
@@ -303,6 +300,7 @@ impl Plan {
         schedule: Schedule,
     ) -> Result<()> {
         let workers = schedule.workers.max(1);
+        let row_tile = if schedule.row_tile == 0 { usize::MAX / 2 } else { schedule.row_tile };
         let mut tiles = Vec::new();
         for (index, s) in self.sequences.iter().enumerate() {
             let rows = s.q_len as usize * spec.group();
@@ -315,8 +313,8 @@ impl Plan {
                 ));
             }
             for kv_head in 0..spec.num_kv_heads {
-                for row_start in (0..rows).step_by(ROW_TILE) {
-                    let row_end = (row_start + ROW_TILE).min(rows);
+                for row_start in (0..rows).step_by(row_tile) {
+                    let row_end = (row_start + row_tile).min(rows);
                     let (kv_start, kv_end) = kv_range(spec, s, row_start, row_end);
                     tiles.push(WorkItem {
                         seq: index as u32,

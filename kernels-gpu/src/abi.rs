@@ -226,8 +226,11 @@ pub const fn partial_stride(head_dim: usize) -> usize {
 /// Packed query rows of one decode tile.
 pub const DECODE_ROWS: usize = 16;
 
-/// Packed query rows of one prefill tile.
-pub const PREFILL_ROWS: usize = 128;
+/// Packed query rows of one prefill tile. With 256 channels, Q of 128 rows, K and V would be 128 KiB of shared
+/// memory, and GPUs of compute capability 8.6, 8.9 and 12.0 have 99.
+pub const fn prefill_rows(head_dim: usize) -> usize {
+    if head_dim > 192 { 64 } else { 128 }
+}
 
 /// Element types of [`Rows`].
 pub mod element {

@@ -120,7 +120,7 @@ pub(crate) trait Backend: Send + Sync {
     fn id(&self) -> DeviceId;
     fn description(&self) -> String;
     /// How plans divide work.
-    fn schedule(&self) -> Schedule;
+    fn schedule(&self, head_dim: usize) -> Schedule;
     /// Calls `f` once, on the device's threads where it has some.
     fn enter(&self, f: &mut (dyn FnMut() + Send));
     /// Zeroed memory.

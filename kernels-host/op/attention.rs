@@ -36,7 +36,7 @@ impl AttentionPlan {
         batch: &Batch<'_>,
         splits: Splits,
     ) -> Result<Self> {
-        let plan = Plan::new(op, spec, batch, splits, device.backend().schedule())?;
+        let plan = Plan::new(op, spec, batch, splits, device.backend().schedule(spec.head_dim))?;
         Self::from_plan(op, device, spec, plan)
     }
 

@@ -89,8 +89,13 @@ impl SparsePlan {
             kv_indices: &vec![0; total],
             last_page_len: &last_page_len,
         };
-        let mut plan =
-            Plan::new(OP, spec, &Batch { kv: table, ..*batch }, splits, device.backend().schedule())?;
+        let mut plan = Plan::new(
+            OP,
+            spec,
+            &Batch { kv: table, ..*batch },
+            splits,
+            device.backend().schedule(spec.head_dim),
+        )?;
         // From one list per sequence to one per KV head.
         plan.pages.clear();
         for (chosen, seq) in plan.sequences.iter_mut().zip(&all.sequences) {

@@ -48,19 +48,27 @@ impl Logits {
         if !self.in_place {
             return;
         }
-        let to_unit = self.scale * isa::rcp(self.soft_cap);
-        let alibi = rows.place.p.alibi_slopes != 0;
+        if self.soft_cap > 0.0 {
+            let to_unit = self.scale * isa::rcp(self.soft_cap);
+            for x in s.as_flattened_mut() {
+                *x = self.soft_cap * LOG2_E * tanh(*x * to_unit);
+            }
+        } else {
+            for x in s.as_flattened_mut() {
+                *x *= self.scale * LOG2_E;
+            }
+        }
+        if rows.place.p.alibi_slopes == 0 {
+            return;
+        }
         let (positions, _) = rows.positions();
         for r in 0..2 {
-            let slope = if alibi { rows.slope(r) } else { 0.0 };
+            let slope = rows.slope(r);
             let distance = (at + (2 * isa::thread_x() & 6)) as i32 - positions[r];
             for j in 0..8 {
                 for i in 0..2 {
-                    let x = s[j][2 * r + i];
-                    let x =
-                        if self.soft_cap > 0.0 { self.soft_cap * tanh(x * to_unit) } else { x * self.scale };
-                    // Without slopes this adds 0.
-                    s[j][2 * r + i] = isa::fma(slope, (distance + (8 * j + i) as i32) as f32, x * LOG2_E);
+                    let x = &mut s[j][2 * r + i];
+                    *x = isa::fma(slope, (distance + (8 * j + i) as i32) as f32, *x);
                 }
             }
         }

@@ -29,6 +29,16 @@ pub trait Config {
 macro_rules! entries {
     ($($family:literal $name:ident($params:ty) = $body:path, $config:ty;)*) => {
         $(
+            // What the tool that writes the PTX out has to know, in the PTX.
+            #[cfg(target_arch = "nvptx64")]
+            core::arch::global_asm!(
+                concat!("// entry ", stringify!($name), " ", $family, " {t} {c} {s} {p}"),
+                t = const <$config as Config>::THREADS,
+                c = const <$config as Config>::MIN_CTAS,
+                s = const <$config as Config>::SHARED_BYTES,
+                p = const size_of::<$params>(),
+            );
+
             /// Device entry.
             ///
             /// # Safety
@@ -81,46 +91,46 @@ pub struct Entry {
 }
 
 entries! {
-    "prefill" prefill_f16_d64(AttentionParams) = prefill::body::<F16, F16, Ring<'_, 8, 128, 2>, 8, 8, 2, 4>, prefill::Config<Ring<'static, 8, 128, 2>, 8, 2, 4>;
-    "prefill" prefill_f16_d96(AttentionParams) = prefill::body::<F16, F16, Ring<'_, 12, 128, 2>, 12, 12, 2, 4>, prefill::Config<Ring<'static, 12, 128, 2>, 12, 2, 4>;
-    "prefill" prefill_f16_d128(AttentionParams) = prefill::body::<F16, F16, Ring<'_, 16, 128, 2>, 16, 16, 2, 4>, prefill::Config<Ring<'static, 16, 128, 2>, 16, 2, 4>;
-    "prefill" prefill_f16_d192(AttentionParams) = prefill::body::<F16, F16, Ring<'_, 24, 256, 2>, 24, 24, 1, 8>, prefill::Config<Ring<'static, 24, 256, 2>, 24, 1, 8>;
-    "prefill" prefill_f16_d256(AttentionParams) = prefill::body::<F16, F16, Ring<'_, 32, 256, 2>, 32, 32, 1, 8>, prefill::Config<Ring<'static, 32, 256, 2>, 32, 1, 8>;
-    "prefill" prefill_bf16_d64(AttentionParams) = prefill::body::<BF16, BF16, Ring<'_, 8, 128, 2>, 8, 8, 2, 4>, prefill::Config<Ring<'static, 8, 128, 2>, 8, 2, 4>;
-    "prefill" prefill_bf16_d96(AttentionParams) = prefill::body::<BF16, BF16, Ring<'_, 12, 128, 2>, 12, 12, 2, 4>, prefill::Config<Ring<'static, 12, 128, 2>, 12, 2, 4>;
-    "prefill" prefill_bf16_d128(AttentionParams) = prefill::body::<BF16, BF16, Ring<'_, 16, 128, 2>, 16, 16, 2, 4>, prefill::Config<Ring<'static, 16, 128, 2>, 16, 2, 4>;
-    "prefill" prefill_bf16_d192(AttentionParams) = prefill::body::<BF16, BF16, Ring<'_, 24, 256, 2>, 24, 24, 1, 8>, prefill::Config<Ring<'static, 24, 256, 2>, 24, 1, 8>;
-    "prefill" prefill_bf16_d256(AttentionParams) = prefill::body::<BF16, BF16, Ring<'_, 32, 256, 2>, 32, 32, 1, 8>, prefill::Config<Ring<'static, 32, 256, 2>, 32, 1, 8>;
-    "decode" decode_f16_d64(AttentionParams) = decode::body::<F16, F16, Ring<'_, 8, 128, 8>, 8, 2>, decode::Config<Ring<'static, 8, 128, 8>, 8>;
-    "decode" decode_f16_d96(AttentionParams) = decode::body::<F16, F16, Ring<'_, 12, 128, 6>, 12, 3>, decode::Config<Ring<'static, 12, 128, 6>, 12>;
-    "decode" decode_f16_d128(AttentionParams) = decode::body::<F16, F16, Ring<'_, 16, 128, 4>, 16, 4>, decode::Config<Ring<'static, 16, 128, 4>, 16>;
-    "decode" decode_f16_d192(AttentionParams) = decode::body::<F16, F16, Ring<'_, 24, 128, 3>, 24, 6>, decode::Config<Ring<'static, 24, 128, 3>, 24>;
-    "decode" decode_f16_d256(AttentionParams) = decode::body::<F16, F16, Ring<'_, 32, 128, 2>, 32, 8>, decode::Config<Ring<'static, 32, 128, 2>, 32>;
-    "decode" decode_bf16_d64(AttentionParams) = decode::body::<BF16, BF16, Ring<'_, 8, 128, 8>, 8, 2>, decode::Config<Ring<'static, 8, 128, 8>, 8>;
-    "decode" decode_bf16_d96(AttentionParams) = decode::body::<BF16, BF16, Ring<'_, 12, 128, 6>, 12, 3>, decode::Config<Ring<'static, 12, 128, 6>, 12>;
-    "decode" decode_bf16_d128(AttentionParams) = decode::body::<BF16, BF16, Ring<'_, 16, 128, 4>, 16, 4>, decode::Config<Ring<'static, 16, 128, 4>, 16>;
-    "decode" decode_bf16_d192(AttentionParams) = decode::body::<BF16, BF16, Ring<'_, 24, 128, 3>, 24, 6>, decode::Config<Ring<'static, 24, 128, 3>, 24>;
-    "decode" decode_bf16_d256(AttentionParams) = decode::body::<BF16, BF16, Ring<'_, 32, 128, 2>, 32, 8>, decode::Config<Ring<'static, 32, 128, 2>, 32>;
-    "prefill_int4" prefill_int4_f16_d64(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 8, 128, 3>, 8, 8, 2, 4>, prefill::Config<Int4Ring<'static, 8, 128, 3>, 8, 2, 4>;
-    "prefill_int4" prefill_int4_f16_d96(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 12, 128, 3>, 12, 12, 2, 4>, prefill::Config<Int4Ring<'static, 12, 128, 3>, 12, 2, 4>;
-    "prefill_int4" prefill_int4_f16_d128(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 16, 256, 3>, 16, 16, 1, 8>, prefill::Config<Int4Ring<'static, 16, 256, 3>, 16, 1, 8>;
-    "prefill_int4" prefill_int4_f16_d192(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 24, 256, 3>, 24, 24, 1, 8>, prefill::Config<Int4Ring<'static, 24, 256, 3>, 24, 1, 8>;
-    "prefill_int4" prefill_int4_f16_d256(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 32, 256, 3>, 32, 32, 1, 8>, prefill::Config<Int4Ring<'static, 32, 256, 3>, 32, 1, 8>;
-    "prefill_int4" prefill_int4_bf16_d64(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 8, 128, 3>, 8, 8, 2, 4>, prefill::Config<Int4Ring<'static, 8, 128, 3>, 8, 2, 4>;
-    "prefill_int4" prefill_int4_bf16_d96(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 12, 128, 3>, 12, 12, 2, 4>, prefill::Config<Int4Ring<'static, 12, 128, 3>, 12, 2, 4>;
-    "prefill_int4" prefill_int4_bf16_d128(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 16, 256, 3>, 16, 16, 1, 8>, prefill::Config<Int4Ring<'static, 16, 256, 3>, 16, 1, 8>;
-    "prefill_int4" prefill_int4_bf16_d192(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 24, 256, 3>, 24, 24, 1, 8>, prefill::Config<Int4Ring<'static, 24, 256, 3>, 24, 1, 8>;
-    "prefill_int4" prefill_int4_bf16_d256(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 32, 256, 3>, 32, 32, 1, 8>, prefill::Config<Int4Ring<'static, 32, 256, 3>, 32, 1, 8>;
-    "decode_int4" decode_int4_f16_d64(AttentionInt4Params) = decode::body::<F16, F16, Int4Ring<'_, 8, 128, 4>, 8, 2>, decode::Config<Int4Ring<'static, 8, 128, 4>, 8>;
-    "decode_int4" decode_int4_f16_d96(AttentionInt4Params) = decode::body::<F16, F16, Int4Ring<'_, 12, 128, 4>, 12, 3>, decode::Config<Int4Ring<'static, 12, 128, 4>, 12>;
-    "decode_int4" decode_int4_f16_d128(AttentionInt4Params) = decode::body::<F16, F16, Int4Ring<'_, 16, 128, 4>, 16, 4>, decode::Config<Int4Ring<'static, 16, 128, 4>, 16>;
-    "decode_int4" decode_int4_f16_d192(AttentionInt4Params) = decode::body::<F16, F16, Int4Ring<'_, 24, 128, 4>, 24, 6>, decode::Config<Int4Ring<'static, 24, 128, 4>, 24>;
-    "decode_int4" decode_int4_f16_d256(AttentionInt4Params) = decode::body::<F16, F16, Int4Ring<'_, 32, 128, 4>, 32, 8>, decode::Config<Int4Ring<'static, 32, 128, 4>, 32>;
-    "decode_int4" decode_int4_bf16_d64(AttentionInt4Params) = decode::body::<BF16, F16, Int4Ring<'_, 8, 128, 4>, 8, 2>, decode::Config<Int4Ring<'static, 8, 128, 4>, 8>;
-    "decode_int4" decode_int4_bf16_d96(AttentionInt4Params) = decode::body::<BF16, F16, Int4Ring<'_, 12, 128, 4>, 12, 3>, decode::Config<Int4Ring<'static, 12, 128, 4>, 12>;
-    "decode_int4" decode_int4_bf16_d128(AttentionInt4Params) = decode::body::<BF16, F16, Int4Ring<'_, 16, 128, 4>, 16, 4>, decode::Config<Int4Ring<'static, 16, 128, 4>, 16>;
-    "decode_int4" decode_int4_bf16_d192(AttentionInt4Params) = decode::body::<BF16, F16, Int4Ring<'_, 24, 128, 4>, 24, 6>, decode::Config<Int4Ring<'static, 24, 128, 4>, 24>;
-    "decode_int4" decode_int4_bf16_d256(AttentionInt4Params) = decode::body::<BF16, F16, Int4Ring<'_, 32, 128, 4>, 32, 8>, decode::Config<Int4Ring<'static, 32, 128, 4>, 32>;
+    "prefill_d64" prefill_f16_d64(AttentionParams) = prefill::body::<F16, F16, Ring<'_, 8, 128, 2>, 8, 8, 2, 4>, prefill::Config<Ring<'static, 8, 128, 2>, 8, 2, 4>;
+    "prefill_d64" prefill_bf16_d64(AttentionParams) = prefill::body::<BF16, BF16, Ring<'_, 8, 128, 2>, 8, 8, 2, 4>, prefill::Config<Ring<'static, 8, 128, 2>, 8, 2, 4>;
+    "prefill_d96" prefill_f16_d96(AttentionParams) = prefill::body::<F16, F16, Ring<'_, 12, 128, 2>, 12, 12, 2, 4>, prefill::Config<Ring<'static, 12, 128, 2>, 12, 2, 4>;
+    "prefill_d96" prefill_bf16_d96(AttentionParams) = prefill::body::<BF16, BF16, Ring<'_, 12, 128, 2>, 12, 12, 2, 4>, prefill::Config<Ring<'static, 12, 128, 2>, 12, 2, 4>;
+    "prefill_d128" prefill_f16_d128(AttentionParams) = prefill::body::<F16, F16, Ring<'_, 16, 128, 2>, 16, 16, 2, 4>, prefill::Config<Ring<'static, 16, 128, 2>, 16, 2, 4>;
+    "prefill_d128" prefill_bf16_d128(AttentionParams) = prefill::body::<BF16, BF16, Ring<'_, 16, 128, 2>, 16, 16, 2, 4>, prefill::Config<Ring<'static, 16, 128, 2>, 16, 2, 4>;
+    "prefill_d192" prefill_f16_d192(AttentionParams) = prefill::body::<F16, F16, Ring<'_, 24, 256, 2>, 24, 24, 1, 8>, prefill::Config<Ring<'static, 24, 256, 2>, 24, 1, 8>;
+    "prefill_d192" prefill_bf16_d192(AttentionParams) = prefill::body::<BF16, BF16, Ring<'_, 24, 256, 2>, 24, 24, 1, 8>, prefill::Config<Ring<'static, 24, 256, 2>, 24, 1, 8>;
+    "prefill_d256" prefill_f16_d256(AttentionParams) = prefill::body::<F16, F16, Ring<'_, 32, 128, 2>, 32, 32, 1, 4>, prefill::Config<Ring<'static, 32, 128, 2>, 32, 1, 4>;
+    "prefill_d256" prefill_bf16_d256(AttentionParams) = prefill::body::<BF16, BF16, Ring<'_, 32, 128, 2>, 32, 32, 1, 4>, prefill::Config<Ring<'static, 32, 128, 2>, 32, 1, 4>;
+    "decode_d64" decode_f16_d64(AttentionParams) = decode::body::<F16, F16, Ring<'_, 8, 128, 8>, 8, 2>, decode::Config<Ring<'static, 8, 128, 8>, 8>;
+    "decode_d64" decode_bf16_d64(AttentionParams) = decode::body::<BF16, BF16, Ring<'_, 8, 128, 8>, 8, 2>, decode::Config<Ring<'static, 8, 128, 8>, 8>;
+    "decode_d96" decode_f16_d96(AttentionParams) = decode::body::<F16, F16, Ring<'_, 12, 128, 6>, 12, 3>, decode::Config<Ring<'static, 12, 128, 6>, 12>;
+    "decode_d96" decode_bf16_d96(AttentionParams) = decode::body::<BF16, BF16, Ring<'_, 12, 128, 6>, 12, 3>, decode::Config<Ring<'static, 12, 128, 6>, 12>;
+    "decode_d128" decode_f16_d128(AttentionParams) = decode::body::<F16, F16, Ring<'_, 16, 128, 4>, 16, 4>, decode::Config<Ring<'static, 16, 128, 4>, 16>;
+    "decode_d128" decode_bf16_d128(AttentionParams) = decode::body::<BF16, BF16, Ring<'_, 16, 128, 4>, 16, 4>, decode::Config<Ring<'static, 16, 128, 4>, 16>;
+    "decode_d192" decode_f16_d192(AttentionParams) = decode::body::<F16, F16, Ring<'_, 24, 128, 3>, 24, 6>, decode::Config<Ring<'static, 24, 128, 3>, 24>;
+    "decode_d192" decode_bf16_d192(AttentionParams) = decode::body::<BF16, BF16, Ring<'_, 24, 128, 3>, 24, 6>, decode::Config<Ring<'static, 24, 128, 3>, 24>;
+    "decode_d256" decode_f16_d256(AttentionParams) = decode::body::<F16, F16, Ring<'_, 32, 128, 2>, 32, 8>, decode::Config<Ring<'static, 32, 128, 2>, 32>;
+    "decode_d256" decode_bf16_d256(AttentionParams) = decode::body::<BF16, BF16, Ring<'_, 32, 128, 2>, 32, 8>, decode::Config<Ring<'static, 32, 128, 2>, 32>;
+    "prefill_int4_d64" prefill_int4_f16_d64(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 8, 128, 3>, 8, 8, 2, 4>, prefill::Config<Int4Ring<'static, 8, 128, 3>, 8, 2, 4>;
+    "prefill_int4_d64" prefill_int4_bf16_d64(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 8, 128, 3>, 8, 8, 2, 4>, prefill::Config<Int4Ring<'static, 8, 128, 3>, 8, 2, 4>;
+    "prefill_int4_d96" prefill_int4_f16_d96(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 12, 128, 3>, 12, 12, 2, 4>, prefill::Config<Int4Ring<'static, 12, 128, 3>, 12, 2, 4>;
+    "prefill_int4_d96" prefill_int4_bf16_d96(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 12, 128, 3>, 12, 12, 2, 4>, prefill::Config<Int4Ring<'static, 12, 128, 3>, 12, 2, 4>;
+    "prefill_int4_d128" prefill_int4_f16_d128(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 16, 256, 3>, 16, 16, 1, 8>, prefill::Config<Int4Ring<'static, 16, 256, 3>, 16, 1, 8>;
+    "prefill_int4_d128" prefill_int4_bf16_d128(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 16, 256, 3>, 16, 16, 1, 8>, prefill::Config<Int4Ring<'static, 16, 256, 3>, 16, 1, 8>;
+    "prefill_int4_d192" prefill_int4_f16_d192(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 24, 256, 3>, 24, 24, 1, 8>, prefill::Config<Int4Ring<'static, 24, 256, 3>, 24, 1, 8>;
+    "prefill_int4_d192" prefill_int4_bf16_d192(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 24, 256, 3>, 24, 24, 1, 8>, prefill::Config<Int4Ring<'static, 24, 256, 3>, 24, 1, 8>;
+    "prefill_int4_d256" prefill_int4_f16_d256(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 32, 128, 3>, 32, 32, 1, 4>, prefill::Config<Int4Ring<'static, 32, 128, 3>, 32, 1, 4>;
+    "prefill_int4_d256" prefill_int4_bf16_d256(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 32, 128, 3>, 32, 32, 1, 4>, prefill::Config<Int4Ring<'static, 32, 128, 3>, 32, 1, 4>;
+    "decode_int4_d64" decode_int4_f16_d64(AttentionInt4Params) = decode::body::<F16, F16, Int4Ring<'_, 8, 128, 4>, 8, 2>, decode::Config<Int4Ring<'static, 8, 128, 4>, 8>;
+    "decode_int4_d64" decode_int4_bf16_d64(AttentionInt4Params) = decode::body::<BF16, F16, Int4Ring<'_, 8, 128, 4>, 8, 2>, decode::Config<Int4Ring<'static, 8, 128, 4>, 8>;
+    "decode_int4_d96" decode_int4_f16_d96(AttentionInt4Params) = decode::body::<F16, F16, Int4Ring<'_, 12, 128, 4>, 12, 3>, decode::Config<Int4Ring<'static, 12, 128, 4>, 12>;
+    "decode_int4_d96" decode_int4_bf16_d96(AttentionInt4Params) = decode::body::<BF16, F16, Int4Ring<'_, 12, 128, 4>, 12, 3>, decode::Config<Int4Ring<'static, 12, 128, 4>, 12>;
+    "decode_int4_d128" decode_int4_f16_d128(AttentionInt4Params) = decode::body::<F16, F16, Int4Ring<'_, 16, 128, 4>, 16, 4>, decode::Config<Int4Ring<'static, 16, 128, 4>, 16>;
+    "decode_int4_d128" decode_int4_bf16_d128(AttentionInt4Params) = decode::body::<BF16, F16, Int4Ring<'_, 16, 128, 4>, 16, 4>, decode::Config<Int4Ring<'static, 16, 128, 4>, 16>;
+    "decode_int4_d192" decode_int4_f16_d192(AttentionInt4Params) = decode::body::<F16, F16, Int4Ring<'_, 24, 128, 4>, 24, 6>, decode::Config<Int4Ring<'static, 24, 128, 4>, 24>;
+    "decode_int4_d192" decode_int4_bf16_d192(AttentionInt4Params) = decode::body::<BF16, F16, Int4Ring<'_, 24, 128, 4>, 24, 6>, decode::Config<Int4Ring<'static, 24, 128, 4>, 24>;
+    "decode_int4_d256" decode_int4_f16_d256(AttentionInt4Params) = decode::body::<F16, F16, Int4Ring<'_, 32, 128, 4>, 32, 8>, decode::Config<Int4Ring<'static, 32, 128, 4>, 32>;
+    "decode_int4_d256" decode_int4_bf16_d256(AttentionInt4Params) = decode::body::<BF16, F16, Int4Ring<'_, 32, 128, 4>, 32, 8>, decode::Config<Int4Ring<'static, 32, 128, 4>, 32>;
     "merge" merge_partials_f16(MergePartialsParams) = merge_partials::body::<F16>, merge_partials::Config;
     "merge" merge_partials_bf16(MergePartialsParams) = merge_partials::body::<BF16>, merge_partials::Config;
     "merge" merge_states(MergeStatesParams) = merge_states::body, merge_states::Config;

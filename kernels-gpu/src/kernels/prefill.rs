@@ -6,7 +6,7 @@
 
 use core::marker::PhantomData;
 
-use crate::abi::{AttentionParams, KV_BLOCK, PREFILL_ROWS, Sequence, WorkItem};
+use crate::abi::{AttentionParams, KV_BLOCK, Sequence, WorkItem, prefill_rows};
 use crate::attn::mask;
 use crate::attn::output::{Accumulator, Output};
 use crate::attn::rows::{Place, load_item, token_head};
@@ -16,12 +16,17 @@ use crate::sched::{Source, section_end};
 use crate::tile::fragment::c_to_a;
 use crate::tile::{Half, SharedTile};
 
+const fn q_rows(chunks: u32) -> u32 {
+    prefill_rows(8 * chunks as usize) as u32
+}
+
 /// `CHUNKS` of 8 channels; `WARPS` of `M` m16 tiles.
 ///
 /// | head_dim | M x warps | why |
 /// |---|---|---|
 /// | 64 to 128 | 2 x 4 | each K or V fragment from shared memory feeds two products: with one it is shared memory that limits |
-/// | 192, 256 | 1 x 8 | O of 32 rows would take 192 or 256 of 255 registers |
+/// | 192 | 1 x 8 | O of 32 rows would take 192 of 255 registers |
+/// | 256 | 1 x 4 | as 192, and 64 rows, see `prefill_rows` |
 ///
 /// One K and one V tile, as one computes while the other loads; a second CTA on the SM hides the rest.
 pub(super) struct Config<S, const CHUNKS: u32, const M: u32, const WARPS: u32>(PhantomData<S>);
@@ -32,9 +37,9 @@ impl<S: Source<'static, CHUNKS>, const CHUNKS: u32, const M: u32, const WARPS: u
     const THREADS: u32 = 32 * WARPS;
     const MIN_CTAS: u32 = if WARPS == 4 { 2 } else { 1 };
     const SHARED_BYTES: u32 = {
-        assert!(16 * M * WARPS == PREFILL_ROWS as u32);
+        assert!(16 * M * WARPS == q_rows(CHUNKS));
         // Q, the tiles of K and V, the place.
-        SharedTile::<CHUNKS>::bytes(PREFILL_ROWS as u32) + S::BYTES + Place::BYTES
+        SharedTile::<CHUNKS>::bytes(q_rows(CHUNKS)) + S::BYTES + Place::BYTES
     };
 }
 
@@ -56,8 +61,8 @@ pub(super) unsafe fn body<
     let (item, seq) = load_item(p);
     let (warp, lane) = (isa::thread_x() / 32, isa::thread_x() % 32);
     let q = SharedTile::<CHUNKS>::new(isa::shared_base());
-    copy_q::<Io, T, CHUNKS>(p, &seq, &item, q, PREFILL_ROWS as u32, 32 * WARPS);
-    let ring_base = isa::shared_base() + SharedTile::<CHUNKS>::bytes(PREFILL_ROWS as u32);
+    copy_q::<Io, T, CHUNKS>(p, &seq, &item, q, q_rows(CHUNKS), 32 * WARPS);
+    let ring_base = isa::shared_base() + SharedTile::<CHUNKS>::bytes(q_rows(CHUNKS));
     // SAFETY: the shared-memory plan gives the ring the rest; the host has checked the item's KV.
     let mut ring = unsafe { S::start(params, &seq, &item, ring_base) };
 

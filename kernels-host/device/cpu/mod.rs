@@ -29,6 +29,10 @@ use crate::spec::AttentionSpec;
 use ferroflash_kernels::abi::partial_stride;
 pub use simd::SimdLevel;
 
+/// Packed query rows of one work item: enough that loading a KV block is small beside computing on
+/// it (its cost is about that of 8 rows), small enough that a tile's state stays in the L2 cache.
+const ROW_TILE: usize = 128;
+
 /// Settings of a CPU device.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct CpuOptions {
@@ -116,8 +120,8 @@ impl Backend for Cpu {
         format!("cpu, {} threads, {:?}", self.workers(), self.level)
     }
 
-    fn schedule(&self) -> Schedule {
-        Schedule { workers: self.workers(), scratch: false }
+    fn schedule(&self, _: usize) -> Schedule {
+        Schedule { row_tile: ROW_TILE, workers: self.workers(), scratch: false }
     }
 
     fn enter(&self, f: &mut (dyn FnMut() + Send)) {

@@ -5,8 +5,8 @@ use std::cell::RefCell;
 
 use ferroflash_kernels::abi::KV_BLOCK;
 
+use super::ROW_TILE;
 use super::simd::Simd;
-use crate::plan::ROW_TILE;
 
 /// A cache line, for aligned scratch.
 #[derive(Clone, Copy)]

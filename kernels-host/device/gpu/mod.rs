@@ -16,6 +16,8 @@ pub(crate) use driver::{DeviceMemory, Driver};
 #[cfg(feature = "sim")]
 pub(crate) use sim::SimDriver;
 
+use ferroflash_kernels::abi::prefill_rows;
+
 use super::backend::*;
 use super::{DeviceId, Storage};
 use crate::error::Result;
@@ -49,8 +51,12 @@ impl Backend for Gpu {
         self.driver.description()
     }
 
-    fn schedule(&self) -> Schedule {
-        Schedule { workers: CTAS_PER_PROCESSOR * self.driver.processors(), scratch: true }
+    fn schedule(&self, head_dim: usize) -> Schedule {
+        Schedule {
+            row_tile: prefill_rows(head_dim),
+            workers: CTAS_PER_PROCESSOR * self.driver.processors(),
+            scratch: true,
+        }
     }
 
     fn enter(&self, f: &mut (dyn FnMut() + Send)) {
