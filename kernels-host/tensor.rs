@@ -263,6 +263,105 @@ impl<'a> ViewMut<'a> {
     }
 }
 
+/// Memory of a device that this crate does not own, as other engines have it.
+impl<'a> View<'a> {
+    /// `len` elements at a device address.
+    ///
+    /// # Safety
+    /// The address holds `len` elements of `dtype` on the device for all of `'a`, and all work that writes them comes
+    /// before what this crate enqueues (the same stream, or waited for).
+    ///
+    /// # Errors
+    /// [`Error::Shape`] where shape and strides reach past `len`.
+    pub unsafe fn from_device_ptr(
+        device: &Device,
+        address: u64,
+        len: usize,
+        dtype: DType,
+        shape: &[usize],
+        strides: &[usize],
+    ) -> Result<Self> {
+        let layout = Layout::strided(device.id(), dtype, len, shape, strides)?;
+        Ok(View { ptr: address as *const u8, layout, _data: PhantomData })
+    }
+
+    /// A `cudarc` slice, contiguous, on the device whose stream it belongs to ([`Device::cuda_on_stream`]).
+    ///
+    /// # Errors
+    /// [`Error::Device`] where `device` works on another stream; [`Error::Shape`].
+    #[cfg(feature = "cuda")]
+    pub fn from_cuda_slice<T: Element>(
+        device: &Device,
+        slice: &'a cudarc::driver::CudaSlice<T>,
+        shape: &[usize],
+    ) -> Result<Self> {
+        let strides = Dims::new(shape)?.contiguous_strides();
+        let (address, _order) = cudarc::driver::DevicePtr::device_ptr(slice, same_stream(device, slice)?);
+        // SAFETY: the slice is borrowed for `'a`, and its stream is the device's.
+        unsafe { View::from_device_ptr(device, address, slice.len(), T::DTYPE, shape, &strides) }
+    }
+}
+
+/// As for [`View`], for writing.
+impl<'a> ViewMut<'a> {
+    /// `len` elements at a device address.
+    ///
+    /// # Safety
+    /// As [`View::from_device_ptr`], and nobody else reads or writes them for all of `'a`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] where shape and strides reach past `len` or name an element twice.
+    pub unsafe fn from_device_ptr(
+        device: &Device,
+        address: u64,
+        len: usize,
+        dtype: DType,
+        shape: &[usize],
+        strides: &[usize],
+    ) -> Result<Self> {
+        let layout = Layout::strided(device.id(), dtype, len, shape, strides)?;
+        if !layout.is_injective() {
+            return Err(Error::shape("view", "strides", "no element named twice", strides));
+        }
+        Ok(ViewMut { ptr: address as *mut u8, layout, _data: PhantomData })
+    }
+
+    /// A `cudarc` slice, contiguous, on the device whose stream it belongs to ([`Device::cuda_on_stream`]).
+    ///
+    /// # Errors
+    /// As [`View::from_cuda_slice`].
+    #[cfg(feature = "cuda")]
+    pub fn from_cuda_slice<T: Element>(
+        device: &Device,
+        slice: &'a mut cudarc::driver::CudaSlice<T>,
+        shape: &[usize],
+    ) -> Result<Self> {
+        let strides = Dims::new(shape)?.contiguous_strides();
+        let stream = same_stream(device, slice)?;
+        let len = slice.len();
+        let (address, _order) = cudarc::driver::DevicePtrMut::device_ptr_mut(slice, stream);
+        // SAFETY: the slice is borrowed for `'a` alone, and its stream is the device's.
+        unsafe { ViewMut::from_device_ptr(device, address, len, T::DTYPE, shape, &strides) }
+    }
+}
+
+/// The device's stream, where the slice belongs to it.
+#[cfg(feature = "cuda")]
+fn same_stream<'d, T>(
+    device: &'d Device,
+    slice: &cudarc::driver::CudaSlice<T>,
+) -> Result<&'d cudarc::driver::CudaStream> {
+    match device.cuda_stream() {
+        Some(stream) if stream.cu_stream() == slice.stream().cu_stream() => Ok(stream),
+        _ => Err(Error::Device {
+            op: "view",
+            what: "slice",
+            expected: device.id().to_string(),
+            got: format!("another stream of cuda:{}", slice.stream().context().ordinal()),
+        }),
+    }
+}
+
 macro_rules! layout_methods {
     ($($t:ident),*) => { $(
         impl $t<'_> {

@@ -121,6 +121,8 @@ pub(crate) trait Backend: Send + Sync {
     fn description(&self) -> String;
     /// How plans divide work.
     fn schedule(&self, head_dim: usize) -> Schedule;
+    /// Waits for all work before.
+    fn synchronize(&self) -> Result<()>;
     /// Calls `f` once, on the device's threads where it has some.
     fn enter(&self, f: &mut (dyn FnMut() + Send));
     /// Zeroed memory.

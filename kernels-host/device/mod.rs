@@ -18,6 +18,8 @@ pub use cpu::{CpuOptions, SimdLevel};
 /// Building blocks of the CPU backend, for the linear layers of `ferroflash-serve`; not part of the API.
 #[doc(hidden)]
 pub use cpu::{matmul, simd};
+#[cfg(feature = "cuda")]
+pub use gpu::Graph;
 
 use crate::error::Result;
 
@@ -27,8 +29,13 @@ use crate::error::Result;
 pub enum DeviceId {
     /// Host memory, CPU threads.
     Cpu,
-    /// A CUDA device, by its ordinal.
-    Cuda(usize),
+    /// A stream on a CUDA device. Tensors of two streams do not mix, for nothing orders their work.
+    Cuda {
+        /// The driver's number of the GPU.
+        ordinal: usize,
+        /// This process's number of the stream.
+        stream: u64,
+    },
     /// A simulated GPU; each has a number of its own.
     Sim(u64),
 }
@@ -37,7 +44,7 @@ impl fmt::Display for DeviceId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             DeviceId::Cpu => f.write_str("cpu"),
-            DeviceId::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+            DeviceId::Cuda { ordinal, stream } => write!(f, "cuda:{ordinal} (stream {stream})"),
             DeviceId::Sim(number) => write!(f, "sim:{number}"),
         }
     }
@@ -47,6 +54,8 @@ impl fmt::Display for DeviceId {
 #[derive(Clone)]
 pub struct Device {
     backend: Arc<dyn Backend>,
+    #[cfg(feature = "cuda")]
+    cuda: Option<Arc<gpu::CudaDriver>>,
     #[cfg(feature = "sim")]
     sim: Option<Arc<gpu::SimDriver>>,
 }
@@ -60,6 +69,8 @@ impl Device {
     fn of(backend: impl Backend + 'static) -> Self {
         Device {
             backend: Arc::new(backend),
+            #[cfg(feature = "cuda")]
+            cuda: None,
             #[cfg(feature = "sim")]
             sim: None,
         }
@@ -75,7 +86,7 @@ impl Device {
     #[cfg(feature = "sim")]
     pub fn sim(seed: u64) -> Self {
         let driver = Arc::new(gpu::SimDriver::new(seed));
-        Device { backend: Arc::new(gpu::Gpu::new(driver.clone())), sim: Some(driver) }
+        Device { sim: Some(driver.clone()), ..Device::of(gpu::Gpu::new(driver)) }
     }
 
     /// What the launches so far have done, where this is a simulated GPU.
@@ -84,8 +95,71 @@ impl Device {
         self.sim.as_ref().map(|driver| driver.stats())
     }
 
-    /// The best device of this machine. No GPU backend exists yet: this is [`Device::cpu`].
+    /// An NVIDIA GPU, by the driver's number, with a stream of its own; from compute capability 8.0 (Ampere).
+    ///
+    /// Calls only enqueue work, in the order of the stream; [`Tensor::to_vec`](crate::Tensor::to_vec), results in host
+    /// memory and [`Device::synchronize`] wait. Kernels are compiled by the driver when first used.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`](crate::Error::Unavailable) without a driver, without such a GPU, or where it is too old.
+    #[cfg(feature = "cuda")]
+    pub fn cuda(ordinal: usize) -> Result<Self> {
+        Ok(Device::of_cuda(gpu::CudaDriver::new(ordinal)?))
+    }
+
+    /// The GPU and stream of another library's `cudarc` handle: work is enqueued there.
+    ///
+    /// # Errors
+    /// As [`Device::cuda`].
+    #[cfg(feature = "cuda")]
+    pub fn cuda_on_stream(stream: &Arc<cudarc::driver::CudaStream>) -> Result<Self> {
+        Ok(Device::of_cuda(gpu::CudaDriver::on_stream(stream.clone())?))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn of_cuda(driver: gpu::CudaDriver) -> Self {
+        let driver = Arc::new(driver);
+        Device { cuda: Some(driver.clone()), ..Device::of(gpu::Gpu::new(driver)) }
+    }
+
+    /// The stream that work is enqueued on, where this is a GPU.
+    #[cfg(feature = "cuda")]
+    pub fn cuda_stream(&self) -> Option<&Arc<cudarc::driver::CudaStream>> {
+        self.cuda.as_ref().map(|driver| driver.stream())
+    }
+
+    /// Records the launches that `f` makes on this device as a CUDA graph, without running them. Runs of plans can be
+    /// recorded; what allocates or gives results to the host cannot. Run everything once before, so that its kernels
+    /// are loaded.
+    ///
+    /// # Errors
+    /// What `f` gives; [`Error::Kernel`](crate::Error::Kernel) with the driver's words;
+    /// [`Error::Unavailable`](crate::Error::Unavailable) where this is no CUDA device.
+    #[cfg(feature = "cuda")]
+    pub fn capture(&self, mut f: impl FnMut() -> Result<()>) -> Result<Graph> {
+        match &self.cuda {
+            Some(driver) => driver.capture(&mut f),
+            None => Err(crate::Error::Unavailable {
+                device: self.id().to_string(),
+                why: "graphs are recorded on CUDA devices".into(),
+            }),
+        }
+    }
+
+    /// Waits until all work enqueued so far is done.
+    ///
+    /// # Errors
+    /// [`Error::Kernel`](crate::Error::Kernel): what the device says of work that failed.
+    pub fn synchronize(&self) -> Result<()> {
+        self.backend.synchronize()
+    }
+
+    /// The first GPU where a driver and a supported GPU answer (feature `cuda`), else the CPU.
     pub fn auto() -> Self {
+        #[cfg(feature = "cuda")]
+        if let Ok(device) = Device::cuda(0) {
+            return device;
+        }
         Device::cpu()
     }
 

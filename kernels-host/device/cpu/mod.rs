@@ -124,6 +124,10 @@ impl Backend for Cpu {
         Schedule { row_tile: ROW_TILE, workers: self.workers(), scratch: false }
     }
 
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn enter(&self, f: &mut (dyn FnMut() + Send)) {
         match &self.pool {
             Some(pool) => pool.install(f),

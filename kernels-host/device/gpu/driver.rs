@@ -29,6 +29,8 @@ pub(crate) trait Driver: Send + Sync {
     /// Waits for all work before.
     fn download(&self, from: u64, to: &mut [u8]) -> Result<()>;
     fn launch(&self, launch: Launch<'_>) -> Result<()>;
+    /// Waits for all work before.
+    fn synchronize(&self) -> Result<()>;
 }
 
 /// A parameter struct as words.

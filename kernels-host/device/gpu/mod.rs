@@ -2,9 +2,13 @@
 
 mod append;
 mod attention;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod driver;
 mod layer;
 mod params;
+#[cfg(feature = "cuda")]
+mod ptx;
 mod select;
 #[cfg(feature = "sim")]
 mod sim;
@@ -12,6 +16,10 @@ mod sim;
 use std::ops::Range;
 use std::sync::Arc;
 
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::CudaDriver;
+#[cfg(feature = "cuda")]
+pub use cuda::Graph;
 pub(crate) use driver::{DeviceMemory, Driver};
 #[cfg(feature = "sim")]
 pub(crate) use sim::SimDriver;
@@ -57,6 +65,10 @@ impl Backend for Gpu {
             workers: CTAS_PER_PROCESSOR * self.driver.processors(),
             scratch: true,
         }
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.driver.synchronize()
     }
 
     fn enter(&self, f: &mut (dyn FnMut() + Send)) {
