@@ -12,7 +12,19 @@ use half::{bf16, f16};
 pub fn devices() -> Vec<Device> {
     let mut devices = cpus();
     devices.extend(SIM_SEEDS.map(Device::sim));
+    #[cfg(feature = "cuda")]
+    devices.extend(cuda());
     devices
+}
+
+/// The first GPU, where there is one; else says that what needs it is skipped.
+#[cfg(feature = "cuda")]
+pub fn cuda() -> Option<Device> {
+    let device = Device::cuda(0).ok();
+    if device.is_none() {
+        println!("skipped: no CUDA device");
+    }
+    device
 }
 
 /// Seeds of the simulated GPUs.
