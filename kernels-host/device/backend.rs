@@ -153,4 +153,8 @@ pub(crate) trait Backend: Send + Sync {
     fn silu_mul(&self, call: SiluMulCall<'_>) -> Result<()>;
     fn embedding(&self, call: EmbeddingCall<'_>) -> Result<()>;
     fn sample(&self, call: SampleCall<'_>) -> Result<()>;
+    /// One instruction on chosen words, on devices that run the GPU kernels; for tests.
+    fn run_conformance(&self, _op: u32, _input: &[u32]) -> Option<Result<(Vec<u32>, u32)>> {
+        None
+    }
 }

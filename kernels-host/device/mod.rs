@@ -146,6 +146,12 @@ impl Device {
         }
     }
 
+    /// One GPU instruction on chosen words; `None` on the CPU. For this crate's tests, not part of the API.
+    #[doc(hidden)]
+    pub fn conformance(&self, op: u32, input: &[u32]) -> Option<Result<(Vec<u32>, u32)>> {
+        self.backend.run_conformance(op, input)
+    }
+
     /// Waits until all work enqueued so far is done.
     ///
     /// # Errors

@@ -100,7 +100,7 @@ mod tests {
                 causal: draw(2) as u32,
             };
             let (position, at, end) = (draw(400) - 20, 64 * draw(6), draw(400));
-            let n_tree = draw(2) * draw(end + 1);
+            let n_tree = draw(2) * draw(end as usize + 1);
             let seq = Sequence { kv_len: end as u32, n_tree: n_tree as u32, ..Default::default() };
             let words: [u32; 13] =
                 core::array::from_fn(|i| (i as u32 + 1).wrapping_mul(0x9E37_79B9) ^ position as u32);

@@ -1,6 +1,7 @@
 //! The kernels, and the table of their entries.
 
 mod append_kv;
+mod conformance;
 mod decode;
 mod int4;
 mod layer;
@@ -145,4 +146,5 @@ entries! {
     "layer" silu_mul(SiluMulParams) = layer::silu_mul, layer::Config;
     "layer" embedding(EmbeddingParams) = layer::embedding, layer::Config;
     "sample" sample(SampleParams) = sample::body, sample::Config;
+    "conformance" conformance(ConformanceParams) = conformance::body, conformance::Config;
 }

@@ -37,6 +37,17 @@ impl Stamp {
             || self.warp_index() == Some(now.lane / 32) && self.warp < now.warp
     }
 
+    /// Both, of which a later access must be after.
+    fn and(self, now: Stamp) -> Stamp {
+        if self.before(now) {
+            now
+        } else if self.warp_index() == Some(now.lane / 32) {
+            Stamp { lane: WARP + now.lane / 32, ..now }
+        } else {
+            Stamp { lane: MANY, ..now }
+        }
+    }
+
     fn name(self) -> String {
         match self.lane {
             MANY => "several warps".into(),
@@ -112,13 +123,7 @@ impl Shared {
                     "race: read of shared {at:#x}, written by {writer} with no barrier since"
                 ));
             }
-            word.reader = if word.reader.before(now) {
-                now
-            } else if word.reader.warp_index() == Some(now.lane / 32) {
-                Stamp { lane: WARP + now.lane / 32, ..now }
-            } else {
-                Stamp { lane: MANY, ..now }
-            };
+            word.reader = word.reader.and(now);
         }
         let mut out = [0; N];
         out.copy_from_slice(&self.data[first..first + N]);
@@ -140,11 +145,11 @@ impl Shared {
                     "race: write to shared {at:#x}, written by {writer} with no barrier since"
                 ));
             }
-            if !(word.reader.before(now) || atomic && word.atomic) {
+            if !word.reader.before(now) {
                 let reader = word.reader.name();
                 return Err(format!("race: write to shared {at:#x}, read by {reader} with no barrier since"));
             }
-            word.writer = now;
+            word.writer = if atomic && word.atomic { word.writer.and(now) } else { now };
             word.reader.lane = NOBODY;
             word.written = true;
             word.atomic = atomic;

@@ -24,7 +24,7 @@ pub(crate) use driver::{DeviceMemory, Driver};
 #[cfg(feature = "sim")]
 pub(crate) use sim::SimDriver;
 
-use ferroflash_kernels::abi::prefill_rows;
+use ferroflash_kernels::abi::{ConformanceParams, prefill_rows};
 
 use super::backend::*;
 use super::{DeviceId, Storage};
@@ -129,6 +129,10 @@ impl Backend for Gpu {
         self.run_dequantize(call)
     }
 
+    fn run_conformance(&self, op: u32, input: &[u32]) -> Option<Result<(Vec<u32>, u32)>> {
+        Some(self.conformance(op, input))
+    }
+
     fn rms_norm(&self, call: RmsNormCall<'_>) -> Result<()> {
         self.run_rms_norm(call)
     }
@@ -143,6 +147,25 @@ impl Backend for Gpu {
 
     fn sample(&self, call: SampleCall<'_>) -> Result<()> {
         self.run_sample(call)
+    }
+}
+
+impl Gpu {
+    /// One warp's run of one instruction: 16 words in and out for each lane, and the word that lanes add to.
+    fn conformance(&self, op: u32, input: &[u32]) -> Result<(Vec<u32>, u32)> {
+        let mut output = vec![0u32; 16 * 32];
+        let mut words = [0u32; 16 * 32];
+        words[..input.len().min(16 * 32)].copy_from_slice(&input[..input.len().min(16 * 32)]);
+        let memory = self.memory(2 * 16 * 32 * 4 + 4)?;
+        self.driver.upload(bytemuck::cast_slice(&words), memory.at())?;
+        let (input, output_at) = (memory.at(), memory.at() + 2048);
+        let sum_at = output_at + 2048;
+        let params = ConformanceParams { input, output: output_at, sum: sum_at, op, reserved: 0 };
+        self.launch("conformance", [1, 1], driver::words(&params))?;
+        let mut sum = [0u8; 4];
+        self.driver.download(output_at, bytemuck::cast_slice_mut(&mut output))?;
+        self.driver.download(sum_at, &mut sum)?;
+        Ok((output, u32::from_le_bytes(sum)))
     }
 }
 
