@@ -48,27 +48,21 @@ impl Logits {
         if !self.in_place {
             return;
         }
-        if self.soft_cap > 0.0 {
-            let to_unit = self.scale * isa::rcp(self.soft_cap);
-            for x in s.as_flattened_mut() {
-                *x = self.soft_cap * LOG2_E * tanh(*x * to_unit);
-            }
-        } else {
-            for x in s.as_flattened_mut() {
-                *x *= self.scale * LOG2_E;
-            }
-        }
-        if rows.place.p.alibi_slopes == 0 {
-            return;
-        }
+        let alibi = rows.place.p.alibi_slopes != 0;
         let (positions, _) = rows.positions();
+        let to_unit = self.scale * isa::rcp(self.soft_cap);
         for r in 0..2 {
-            let slope = rows.slope(r);
+            let slope = if alibi { rows.slope(r) } else { 0.0 };
             let distance = (at + (2 * isa::thread_x() & 6)) as i32 - positions[r];
             for j in 0..8 {
                 for i in 0..2 {
-                    let x = &mut s[j][2 * r + i];
-                    *x = isa::fma(slope, (distance + (8 * j + i) as i32) as f32, *x);
+                    let x = s[j][2 * r + i];
+                    // A branch for each element, on purpose: across one the assembler does not gather many
+                    // `tanh` in flight, for which it has no registers.
+                    let x =
+                        if self.soft_cap > 0.0 { self.soft_cap * tanh(x * to_unit) } else { x * self.scale };
+                    // Without slopes this adds 0.
+                    s[j][2 * r + i] = isa::fma(slope, (distance + (8 * j + i) as i32) as f32, x * LOG2_E);
                 }
             }
         }
