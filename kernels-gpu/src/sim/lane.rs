@@ -223,7 +223,7 @@ pub(crate) fn cp_async<const N: usize>(to: u32, from: u64, bytes: u32) {
         let data = if bytes == 0 {
             Ok([0; 4])
         } else {
-            cta.stats.global_read += 4 * N as u64;
+            cta.stats.global_copied += 4 * N as u64;
             let data = read_words::<N>(cta, from, mark);
             let data = cta.check(thread, line, data);
             if cta.rng.bits() & 1 == 0 { Ok(data) } else { Err(from) }

@@ -60,8 +60,10 @@ impl std::error::Error for Fault {}
 pub struct Stats {
     /// Warp-wide instructions by name.
     pub collectives: BTreeMap<&'static str, u64>,
-    /// Bytes read from global memory, each access counted.
+    /// Bytes that lanes loaded from global memory, each access counted.
     pub global_read: u64,
+    /// Bytes that asynchronous copies brought from global memory.
+    pub global_copied: u64,
     /// Bytes written to global memory.
     pub global_written: u64,
     /// Warp-wide accesses of shared memory that were looked at for bank conflicts.
@@ -79,6 +81,7 @@ impl Stats {
             *self.collectives.entry(name).or_default() += n;
         }
         self.global_read += other.global_read;
+        self.global_copied += other.global_copied;
         self.global_written += other.global_written;
         self.shared_accesses += other.shared_accesses;
         self.shared_cycles += other.shared_cycles;
