@@ -146,6 +146,21 @@ impl Device {
         }
     }
 
+    /// Milliseconds that the device takes for what `f` enqueues, by CUDA events; waits for it.
+    ///
+    /// # Errors
+    /// What `f` gives; [`Error::Unavailable`](crate::Error::Unavailable) where this is no CUDA device.
+    #[cfg(feature = "cuda")]
+    pub fn time_ms(&self, mut f: impl FnMut() -> Result<()>) -> Result<f32> {
+        match &self.cuda {
+            Some(driver) => driver.time_ms(&mut f),
+            None => Err(crate::Error::Unavailable {
+                device: self.id().to_string(),
+                why: "events are timed on CUDA devices".into(),
+            }),
+        }
+    }
+
     /// One GPU instruction on chosen words; `None` on the CPU. For this crate's tests, not part of the API.
     #[doc(hidden)]
     pub fn conformance(&self, op: u32, input: &[u32]) -> Option<Result<(Vec<u32>, u32)>> {

@@ -7,20 +7,34 @@ pub mod reference;
 use ferroflash::{CpuOptions, DType, Device, SimdLevel};
 use half::{bf16, f16};
 
-/// Every way in which this machine can run the crate: the CPU's instruction sets, and simulated GPUs that
-/// differ in the order of all that a GPU leaves open.
+/// Every way in which this machine can run the crate: the CPU's instruction sets, simulated GPUs that differ in the
+/// order of all that a GPU leaves open, and the first GPU. `FERROFLASH_TEST_DEVICES` names a part of them, of `cpu`,
+/// `sim` and `cuda`, with commas.
 pub fn devices() -> Vec<Device> {
-    let mut devices = cpus();
-    devices.extend(SIM_SEEDS.map(Device::sim));
+    let wanted = std::env::var("FERROFLASH_TEST_DEVICES").unwrap_or_else(|_| "cpu,sim,cuda".into());
+    let wanted = |kind: &str| wanted.split(',').any(|w| w == kind);
+    let mut devices = Vec::new();
+    if wanted("cpu") {
+        devices.extend(cpus());
+    }
+    if wanted("sim") {
+        devices.extend(SIM_SEEDS.map(Device::sim));
+    }
     #[cfg(feature = "cuda")]
-    devices.extend(cuda());
+    if wanted("cuda") {
+        devices.extend(cuda());
+    }
     devices
 }
 
 /// The first GPU, where there is one; else says that what needs it is skipped.
 #[cfg(feature = "cuda")]
 pub fn cuda() -> Option<Device> {
-    let device = Device::cuda(0).ok();
+    thread_local! {
+        // One stream a test: making a device for each case would compile its kernels anew.
+        static CUDA: Option<Device> = Device::cuda(0).ok();
+    }
+    let device = CUDA.with(Clone::clone);
     if device.is_none() {
         println!("skipped: no CUDA device");
     }

@@ -195,6 +195,16 @@ impl CudaDriver {
         })
     }
 
+    /// Milliseconds between the start and the end of what `f` enqueues.
+    pub(crate) fn time_ms(&self, f: &mut dyn FnMut() -> Result<()>) -> Result<f32> {
+        let record =
+            || self.named("cuEventRecord", self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)));
+        let start = record()?;
+        f()?;
+        let end = record()?;
+        self.named("cuEventElapsedTime", start.elapsed_ms(&end))
+    }
+
     pub(crate) fn stream(&self) -> &Arc<CudaStream> {
         &self.stream
     }

@@ -1,0 +1,266 @@
+//! Times the kernels on a GPU and prints one JSON object a line. No Criterion: a GPU is timed by its own events, and
+//! the machine that runs this may have nothing but the driver. `benches/gpu/bundle.sh` packs it with the peers' script.
+
+use std::env;
+
+use ferroflash::op::append_kv::AppendPlan;
+use ferroflash::op::attention::AttentionPlan;
+use ferroflash::op::select_pages::{PageBudget, SparsePlan};
+use ferroflash::{
+    AttentionSpec, Batch, DType, Device, KvCache, KvCacheSpec, KvFormat, KvTable, Result, Splits, Tensor,
+    TreeMask,
+};
+use half::bf16;
+
+const WARM_UP: usize = 3;
+const RUNS: usize = 15;
+
+/// Buffers are used in turn so that none is in the L2 cache when its turn comes (50 MB on an H100).
+const ROTATE_BYTES: usize = 256 << 20;
+
+fn main() -> Result<()> {
+    let device = match Device::cuda(0) {
+        Ok(device) => device,
+        Err(error) => {
+            println!("skipped: {error}");
+            return Ok(());
+        }
+    };
+    let quick = env::args().any(|a| a == "--quick");
+    let filter = env::args().skip(1).find(|a| !a.starts_with('-')).unwrap_or_default();
+    println!("{{\"device\":{:?}}}", device.description());
+    let wanted = |name: &str| name.contains(&filter);
+    if wanted("copy") {
+        copy(&device)?;
+    }
+    if wanted("prefill") {
+        for head_dim in [64, 128, 256] {
+            for causal in [false, true] {
+                for seq_len in [512, 1024, 2048, 4096, 8192, 16384] {
+                    if !quick || seq_len == 4096 {
+                        prefill(&device, head_dim, seq_len, causal)?;
+                    }
+                }
+            }
+        }
+    }
+    if wanted("decode") {
+        for (batch, len) in [(1, 4096), (1, 65536), (16, 4096), (16, 32768), (64, 4096)] {
+            for page_size in [1, 16, 64, 256] {
+                if !quick || page_size == 16 {
+                    decode(&device, batch, len, page_size, KvFormat::Float(DType::BF16))?;
+                }
+            }
+            decode(&device, batch, len, 64, KvFormat::Int4 { num_tails: batch })?;
+        }
+    }
+    if wanted("sparse") {
+        sparse(&device, 65536, 2048)?;
+    }
+    if wanted("tree") {
+        tree(&device, 32768, 64)?;
+    }
+    Ok(())
+}
+
+/// Median milliseconds of `run(i)`.
+fn median(device: &Device, mut run: impl FnMut(usize) -> Result<()>) -> Result<f32> {
+    (0..WARM_UP).try_for_each(&mut run)?;
+    let mut times = (0..RUNS).map(|i| device.time_ms(|| run(i))).collect::<Result<Vec<f32>>>()?;
+    times.sort_by(f32::total_cmp);
+    Ok(times[RUNS / 2])
+}
+
+/// Normal-ish values: sums of bits of SplitMix64.
+fn random(device: &Device, shape: &[usize], seed: u64) -> Result<Tensor> {
+    let mut state = seed;
+    let data: Vec<bf16> = (0..shape.iter().product())
+        .map(|_| {
+            state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+            let mut z = state;
+            z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+            z ^= z >> 27;
+            bf16::from_f32((z.count_ones() as f32 - 32.0) / 4.0)
+        })
+        .collect();
+    Tensor::from_slice(device, &data, shape)
+}
+
+fn copy(device: &Device) -> Result<()> {
+    // The same bytes read and written by the plainest kernel of ours: rows of a table.
+    let (rows, dim) = (1 << 15, 8192);
+    let from = Tensor::zeros(device, DType::BF16, &[rows, 2 * dim])?;
+    let mut to = Tensor::zeros(device, DType::BF16, &[rows, dim])?;
+    let ms = median(device, |_| ferroflash::op::layer::silu_mul(device, from.view(), to.view_mut()))?;
+    let gbps = (3 * rows * dim * 2) as f64 / ms as f64 / 1e6;
+    println!("{{\"op\":\"silu_mul\",\"rows\":{rows},\"dim\":{dim},\"ms\":{ms},\"gbps\":{gbps}}}");
+    Ok(())
+}
+
+fn prefill(device: &Device, head_dim: usize, seq_len: usize, causal: bool) -> Result<()> {
+    let (heads, batch) = (2048 / head_dim, 16384 / seq_len);
+    let total = batch * seq_len;
+    let mut spec = AttentionSpec::new(heads, heads, head_dim);
+    spec.causal = causal;
+    let indptr: Vec<u32> = (0..=batch).map(|i| (i * seq_len) as u32).collect();
+    let lengths = Batch::new(&indptr, KvTable::Ragged { kv_indptr: &indptr });
+    let shape = [total, heads, head_dim];
+    let [q, k, v] = [1, 2, 3].map(|seed| random(device, &shape, seed));
+    let (q, k, v) = (q?, k?, v?);
+    let mut out = Tensor::zeros(device, DType::BF16, &shape)?;
+    let mut plan = AttentionPlan::new(device, &spec, &lengths, Splits::Auto)?;
+    let kv = ferroflash::Kv::Ragged { k: k.view(), v: v.view() };
+    let ms = median(device, |_| plan.run(q.view(), kv, out.view_mut(), None))?;
+    let flops = 4.0 * (total * heads * head_dim) as f64 * seq_len as f64 * if causal { 0.5 } else { 1.0 };
+    let tflops = flops / ms as f64 / 1e9;
+    println!(
+        "{{\"op\":\"prefill\",\"head_dim\":{head_dim},\"seq_len\":{seq_len},\"batch\":{batch},\"heads\":{heads},\"causal\":{causal},\"ms\":{ms},\"tflops\":{tflops}}}"
+    );
+    Ok(())
+}
+
+/// A cache with `batch` sequences of `len` random tokens in scattered pages, and its page table.
+fn filled(
+    device: &Device,
+    spec: &AttentionSpec,
+    batch: usize,
+    len: usize,
+    page_size: usize,
+    format: KvFormat,
+) -> Result<(KvCache, Vec<u32>)> {
+    let pages = len.div_ceil(page_size);
+    let num_pages = pages * batch;
+    let mut cache = KvCache::new(
+        device,
+        KvCacheSpec {
+            num_pages,
+            page_size,
+            num_kv_heads: spec.num_kv_heads,
+            head_dim: spec.head_dim,
+            format,
+            summaries: matches!(format, KvFormat::Float(_)),
+        },
+    )?;
+    // An odd stride visits every page once, far from the last.
+    let stride = (num_pages as u64 * 5 / 8) | 1;
+    let gcd = |mut a: u64, mut b: u64| {
+        while b != 0 {
+            (a, b) = (b, a % b);
+        }
+        a
+    };
+    let stride = (stride..).step_by(2).find(|&s| gcd(s, num_pages as u64) == 1).unwrap_or(1);
+    let table: Vec<u32> = (0..num_pages as u64).map(|i| (i * stride % num_pages as u64) as u32).collect();
+    let chunk = 4096.min(len);
+    let shape = [chunk, spec.num_kv_heads, spec.head_dim];
+    let (k, v) = (random(device, &shape, 7)?, random(device, &shape, 8)?);
+    for s in 0..batch {
+        let block_table = &table[s * pages..(s + 1) * pages];
+        for start in (0..len).step_by(chunk) {
+            let n = chunk.min(len - start);
+            let (indptr, seq_lens) = ([0, n as u32], [(start + n) as u32]);
+            let kv = KvTable::Block { page_size, block_table, max_blocks: pages, seq_lens: &seq_lens };
+            let tail = [s as u32];
+            let tail_slots: &[u32] = if matches!(format, KvFormat::Int4 { .. }) { &tail } else { &[] };
+            let step = Batch { tail_slots, ..Batch::new(&indptr, kv) };
+            let (k, v) = (k.view().narrow(0, 0, n)?, v.view().narrow(0, 0, n)?);
+            AppendPlan::from_batch(device, spec, None, &step)?.run(None, k, v, cache.view_mut())?;
+        }
+    }
+    Ok((cache, table))
+}
+
+fn decode(device: &Device, batch: usize, len: usize, page_size: usize, format: KvFormat) -> Result<()> {
+    let spec = AttentionSpec::new(32, 8, 128).causal();
+    let cache_bytes = filled_bytes(&spec, batch, len, page_size, format);
+    let copies = (ROTATE_BYTES / cache_bytes).clamp(1, 8);
+    let caches: Vec<_> =
+        (0..copies).map(|_| filled(device, &spec, batch, len, page_size, format)).collect::<Result<_>>()?;
+    let indptr: Vec<u32> = (0..=batch as u32).collect();
+    let seq_lens = vec![len as u32; batch];
+    let tails: Vec<u32> = (0..batch as u32).collect();
+    let table = KvTable::Block {
+        page_size,
+        block_table: &caches[0].1,
+        max_blocks: len.div_ceil(page_size),
+        seq_lens: &seq_lens,
+    };
+    let int4 = matches!(format, KvFormat::Int4 { .. });
+    let lengths = Batch { tail_slots: if int4 { &tails } else { &[] }, ..Batch::new(&indptr, table) };
+    let mut plan = AttentionPlan::new(device, &spec, &lengths, Splits::Auto)?;
+    let q = random(device, &[batch, 32, 128], 9)?;
+    let mut out = Tensor::zeros(device, DType::BF16, &[batch, 32, 128])?;
+    let ms = median(device, |i| plan.run(q.view(), caches[i % copies].0.view(), out.view_mut(), None))?;
+    let gbps = cache_bytes as f64 / ms as f64 / 1e6;
+    let kv = if int4 { "int4" } else { "bf16" };
+    println!(
+        "{{\"op\":\"decode\",\"kv\":\"{kv}\",\"batch\":{batch},\"len\":{len},\"page_size\":{page_size},\"q_heads\":32,\"kv_heads\":8,\"head_dim\":128,\"ms\":{ms},\"gbps\":{gbps}}}"
+    );
+    Ok(())
+}
+
+fn filled_bytes(spec: &AttentionSpec, batch: usize, len: usize, page_size: usize, format: KvFormat) -> usize {
+    let page = KvCacheSpec {
+        num_pages: 1,
+        page_size,
+        num_kv_heads: spec.num_kv_heads,
+        head_dim: spec.head_dim,
+        format,
+        summaries: false,
+    };
+    page.page_bytes() * len.div_ceil(page_size) * batch
+}
+
+fn sparse(device: &Device, len: usize, budget: usize) -> Result<()> {
+    let spec = AttentionSpec::new(32, 8, 128).causal();
+    let page_size = 16;
+    let (cache, table) = filled(device, &spec, 1, len, page_size, KvFormat::Float(DType::BF16))?;
+    let seq_lens = [len as u32];
+    let kv = KvTable::Block {
+        page_size,
+        block_table: &table,
+        max_blocks: len.div_ceil(page_size),
+        seq_lens: &seq_lens,
+    };
+    let lengths = Batch::new(&[0, 1], kv);
+    let pages = PageBudget::new(budget / page_size);
+    let mut plan = SparsePlan::new(device, &spec, &lengths, pages, Splits::Auto)?;
+    let q = random(device, &[1, 32, 128], 9)?;
+    let mut out = Tensor::zeros(device, DType::BF16, &[1, 32, 128])?;
+    let Some(summaries) = cache.summaries() else { return Ok(()) };
+    let ms = median(device, |_| {
+        plan.select(q.view(), summaries)?;
+        plan.run(q.view(), cache.view(), out.view_mut(), None)
+    })?;
+    println!("{{\"op\":\"sparse\",\"len\":{len},\"budget\":{budget},\"page_size\":{page_size},\"ms\":{ms}}}");
+    Ok(())
+}
+
+fn tree(device: &Device, len: usize, nodes: usize) -> Result<()> {
+    let spec = AttentionSpec::new(32, 8, 128);
+    let page_size = 16;
+    let (cache, table) = filled(device, &spec, 1, len, page_size, KvFormat::Float(DType::BF16))?;
+    let seq_lens = [len as u32];
+    let kv = KvTable::Block {
+        page_size,
+        block_table: &table,
+        max_blocks: len.div_ceil(page_size),
+        seq_lens: &seq_lens,
+    };
+    // A chain: node `i` sees itself and all before.
+    let words = nodes.div_ceil(32);
+    let seen = |node: usize, word: usize| {
+        (0..32).filter(|bit| 32 * word + bit <= node).fold(0u32, |m, bit| m | 1 << bit)
+    };
+    let mask: Vec<u32> = (0..nodes).flat_map(|node| (0..words).map(move |word| seen(node, word))).collect();
+    let indptr = [0, nodes as u32];
+    let mut lengths = Batch::new(&indptr, kv);
+    let n_tree = [nodes as u32];
+    lengths.tree = Some(TreeMask { n_tree: &n_tree, mask: &mask });
+    let mut plan = AttentionPlan::new(device, &spec, &lengths, Splits::Auto)?;
+    let q = random(device, &[nodes, 32, 128], 9)?;
+    let mut out = Tensor::zeros(device, DType::BF16, &[nodes, 32, 128])?;
+    let ms = median(device, |_| plan.run(q.view(), cache.view(), out.view_mut(), None))?;
+    println!("{{\"op\":\"tree\",\"len\":{len},\"nodes\":{nodes},\"page_size\":{page_size},\"ms\":{ms}}}");
+    Ok(())
+}

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# Builds target/gpu-bundle: test and bench binaries and scripts for a machine with an NVIDIA driver, glibc and Python,
+# and no Rust. Copy the folder there and call `run.sh check`, `run.sh bench`, `run.sh peers`.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+out=target/gpu-bundle
+rm -rf "$out"
+mkdir -p "$out"
+tests=(attention append int4 sparse layer conformance cuda)
+args=()
+for test in "${tests[@]}"; do args+=(--test "$test"); done
+{
+  cargo test --quiet --no-run --features cuda "${args[@]}" --message-format=json
+  cargo bench --quiet --no-run --features cuda --bench gpu --message-format=json
+} | python3 -c '
+import json, shutil, sys
+for line in sys.stdin:
+    message = json.loads(line) if line.startswith("{") else {}
+    if message.get("executable"):
+        shutil.copy(message["executable"], sys.argv[1] + "/" + message["target"]["name"])
+' "$out"
+cp benches/gpu/run.sh benches/gpu/run.py benches/gpu/peers.py "$out/"
+git rev-parse HEAD >"$out/commit"
+strip --strip-debug "$out"/{attention,append,int4,sparse,layer,conformance,cuda,gpu}
+bytes=$(du -sb "$out" | cut -f1)
+echo "$out: $bytes bytes"
+[ "$bytes" -lt 60000000 ] || { echo "larger than 60 MB"; exit 1; }
