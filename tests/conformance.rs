@@ -151,7 +151,7 @@ fn exact_arithmetic() {
     let mut rng = Rng(5);
     for _ in 0..16 {
         let words = draw(&mut rng, |rng, i| match i {
-            0..3 => any_float(rng).to_bits(),
+            0..=2 => any_float(rng).to_bits(),
             4 => rng.below(1000) as u32 + 1,
             6 => rng.below(3) as u32,
             _ => rng.bits() as u32 | 1,

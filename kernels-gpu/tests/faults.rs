@@ -140,6 +140,7 @@ fn a_lane_missing_from_a_shuffle() {
 }
 
 #[test]
+#[allow(clippy::if_same_then_else)] // two barriers are what it is about
 fn divergent_barriers() {
     faults(
         |_| {

@@ -70,7 +70,7 @@ pub(crate) fn hide(rows: &LaneRows<'_>, at: u32, s: &mut Scores) {
             // SAFETY: the host gives `words` words for each query token.
             bits &= tree(&seq, at as i32, |i| unsafe { isa::ld_global_1(row + 4 * i as u64) }[0]);
         }
-        let bits = bits >> (2 * isa::thread_x() & 6);
+        let bits = bits >> (2 * (isa::thread_x() % 4));
         let halves = [bits as u32, (bits >> 32) as u32];
         for j in 0..8 {
             for i in 0..2 {

@@ -32,7 +32,7 @@ impl Output<'_> {
     /// Channel of a lane's pair in tile `j`.
     #[inline(always)]
     fn channel_of(&self, j: usize) -> u32 {
-        isa::opaque(self.channel) + 8 * j as u32 + (2 * isa::opaque(isa::thread_x()) & 6)
+        isa::opaque(self.channel) + 8 * j as u32 + 2 * (isa::opaque(isa::thread_x()) % 4)
     }
 
     #[inline(always)]
@@ -64,7 +64,7 @@ impl Output<'_> {
                     unsafe { isa::st_global_2(at + 4 * channel as u64, pair) };
                 }
             }
-            if self.leads && 2 * isa::thread_x() & 6 == 0 {
+            if self.leads && isa::thread_x().is_multiple_of(4) {
                 let pair = [state.m[r].to_bits(), state.l[r].to_bits()];
                 // SAFETY: as above; rows end with room for these two.
                 unsafe { isa::st_global_2(self.m_l_at(at), pair) };
@@ -136,7 +136,7 @@ impl Output<'_> {
                     unsafe { isa::st_global_1(at + 2 * channel as u64, [T::pack(x(0), x(1))]) };
                 }
             }
-            if self.p.lse.base != 0 && self.leads && 2 * isa::thread_x() & 6 == 0 {
+            if self.p.lse.base != 0 && self.leads && isa::thread_x().is_multiple_of(4) {
                 // SAFETY: as above.
                 unsafe { isa::st_global_1(self.p.lse.at(token, head), [lse.to_bits()]) };
             }

@@ -53,7 +53,7 @@ impl Logits {
         let to_unit = self.scale * isa::rcp(self.soft_cap);
         for r in 0..2 {
             let slope = if alibi { rows.slope(r) } else { 0.0 };
-            let distance = (at + (2 * isa::thread_x() & 6)) as i32 - positions[r];
+            let distance = (at + 2 * (isa::thread_x() % 4)) as i32 - positions[r];
             for j in 0..8 {
                 for i in 0..2 {
                     let x = s[j][2 * r + i];

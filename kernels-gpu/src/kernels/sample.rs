@@ -72,7 +72,7 @@ pub(super) unsafe fn body(p: &SampleParams) {
     // SAFETY: as above.
     let best = unsafe { cta_reduce(first, radix::THREADS, shared, |a, b| if a < b { a } else { b }) };
     let top = logit(best);
-    if how.temperature == 0.0 || !(top - top == 0.0) {
+    if how.temperature == 0.0 || !top.is_finite() {
         return put(best);
     }
 
@@ -100,7 +100,7 @@ pub(super) unsafe fn body(p: &SampleParams) {
         kept = unsafe {
             let total = sum(shared, n, weight);
             // 18 bits less keep the product within 64.
-            let share = (total >> 18) * (how.top_p * 4_294_967_296.0) as u64 >> 14;
+            let share = ((total >> 18) * (how.top_p * 4_294_967_296.0) as u64) >> 14;
             let Threshold { key: k, equal } =
                 radix::threshold(shared, n, key, weight, if share > 0 { share } else { 1 });
             let one = equal_weight(shared, n, key, k, weight);

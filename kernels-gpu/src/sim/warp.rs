@@ -5,6 +5,7 @@ use std::panic::Location;
 use super::cta::Cta;
 
 /// What a warp's lanes bring and take.
+#[derive(Default)]
 pub(super) struct Warp {
     /// Barriers of the warp that have passed.
     pub(super) epoch: u32,
@@ -12,12 +13,6 @@ pub(super) struct Warp {
     pub(super) at: Option<(&'static str, &'static Location<'static>)>,
     pub(super) args: [[u32; 10]; 32],
     pub(super) out: [[u32; 4]; 32],
-}
-
-impl Default for Warp {
-    fn default() -> Self {
-        Warp { epoch: 0, arrived: 0, at: None, args: [[0; 10]; 32], out: [[0; 4]; 32] }
-    }
 }
 
 /// A warp's arguments and results while a model runs.
