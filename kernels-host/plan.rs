@@ -49,12 +49,14 @@ pub struct Batch<'a> {
     pub tree: Option<TreeMask<'a>>,
     /// Row of each sequence's tail in an int4 cache; empty for other formats.
     pub tail_slots: &'a [u32],
+    /// Which pages each tile of queries attends to; `None`: all of its sequence's.
+    pub page_lists: Option<PageLists<'a>>,
 }
 
 impl<'a> Batch<'a> {
-    /// A batch without trees or int4 tails.
+    /// A batch without trees, int4 tails or page lists.
     pub fn new(qo_indptr: &'a [u32], kv: KvTable<'a>) -> Self {
-        Batch { qo_indptr, kv, tree: None, tail_slots: &[] }
+        Batch { qo_indptr, kv, tree: None, tail_slots: &[], page_lists: None }
     }
 }
 
@@ -90,6 +92,21 @@ pub enum KvTable<'a> {
     },
 }
 
+/// Block-sparse attention: lists of pages per KV head and tile of queries (local and global windows, dilated or
+/// random blocks, the choice of any policy). Masks are on top, by the tokens' own positions.
+#[derive(Clone, Copy, Debug)]
+pub struct PageLists<'a> {
+    /// Query tokens of a tile; a sequence's last tile may be shorter.
+    pub q_tile: usize,
+    /// `true`: a list for each KV head; `false`: one for all of them.
+    pub per_head: bool,
+    /// Where the lists begin and end in `pages`; starts at 0. Sequences one after another, in each of them KV heads
+    /// (with `per_head`), in each of these tiles.
+    pub indptr: &'a [u32],
+    /// Numbers of pages within their sequence, 0 its first, ascending in each list.
+    pub pages: &'a [u32],
+}
+
 /// Which of the last KV columns each query of a tree sees: itself and its ancestors.
 #[derive(Clone, Copy, Debug)]
 pub struct TreeMask<'a> {
@@ -106,6 +123,8 @@ pub struct Plan {
     pub(crate) sequences: Vec<Sequence>,
     /// Page lists, at each sequence's `page_start`.
     pub(crate) pages: Vec<u32>,
+    /// For each entry of `pages` its place in the sequence; empty where items have all pages.
+    pub(crate) logical_pages: Vec<u32>,
     /// Tokens per page; 0: ragged.
     pub(crate) page_size: usize,
     pub(crate) tree_mask: Vec<u32>,
@@ -143,6 +162,7 @@ impl Plan {
         let mut plan = Plan {
             sequences: Vec::new(),
             pages: Vec::new(),
+            logical_pages: Vec::new(),
             page_size: 0,
             tree_mask: Vec::new(),
             items: Vec::new(),
@@ -156,7 +176,11 @@ impl Plan {
         };
         plan.add_sequences(op, batch)?;
         plan.add_tree(op, spec, batch)?;
-        plan.schedule(op, spec, splits, schedule)?;
+        let tiles = match &batch.page_lists {
+            None => plan.tiles(op, spec, schedule)?,
+            Some(lists) => plan.listed_tiles(op, spec, lists, batch, schedule)?,
+        };
+        plan.schedule(op, tiles, splits, schedule)?;
         Ok(plan)
     }
 
@@ -292,43 +316,100 @@ impl Plan {
         Ok(())
     }
 
-    fn schedule(
-        &mut self,
-        op: &'static str,
-        spec: &AttentionSpec,
-        splits: Splits,
-        schedule: Schedule,
-    ) -> Result<()> {
-        let workers = schedule.workers.max(1);
+    /// Tiles of rows of every sequence and KV head against all KV that they may see.
+    fn tiles(&self, op: &'static str, spec: &AttentionSpec, schedule: Schedule) -> Result<Vec<WorkItem>> {
         let row_tile = if schedule.row_tile == 0 { usize::MAX / 2 } else { schedule.row_tile };
         let mut tiles = Vec::new();
         for (index, s) in self.sequences.iter().enumerate() {
-            let rows = s.q_len as usize * spec.group();
-            if rows > u32::MAX as usize || s.kv_len > i32::MAX as u32 || s.q_len > i32::MAX as u32 {
-                return Err(Error::value(
-                    op,
-                    "q_len, kv_len",
-                    "below 2^31 tokens and 2^32 packed rows",
-                    rows,
-                ));
-            }
+            let rows = check_rows(op, spec, s)?;
             for kv_head in 0..spec.num_kv_heads {
                 for row_start in (0..rows).step_by(row_tile) {
                     let row_end = (row_start + row_tile).min(rows);
                     let (kv_start, kv_end) = kv_range(spec, s, row_start, row_end);
-                    tiles.push(WorkItem {
-                        seq: index as u32,
-                        kv_head: kv_head as u32,
-                        row_start: row_start as u32,
-                        row_end: row_end as u32,
-                        kv_start,
-                        kv_end,
-                        partial: NO_PARTIAL,
-                        scratch: NO_PARTIAL,
-                    });
+                    let mut tile = work_item(index, kv_head, row_start, row_end, s.page_start);
+                    (tile.kv_start, tile.kv_end) = (kv_start, kv_end);
+                    tiles.push(tile);
                 }
             }
         }
+        Ok(tiles)
+    }
+
+    /// As [`Plan::tiles`], against the pages of lists. The plan's page table becomes one of lists.
+    fn listed_tiles(
+        &mut self,
+        op: &'static str,
+        spec: &AttentionSpec,
+        lists: &PageLists<'_>,
+        batch: &Batch<'_>,
+        schedule: Schedule,
+    ) -> Result<Vec<WorkItem>> {
+        if self.page_size == 0
+            || batch.tree.is_some()
+            || !batch.tail_slots.is_empty()
+            || spec.alibi_slopes.is_some()
+        {
+            let expected = "paged float KV, no tree, no ALiBi";
+            return Err(Error::value(op, "page_lists with", expected, "another"));
+        }
+        if lists.q_tile == 0 {
+            return Err(Error::value(op, "q_tile", "at least 1", 0));
+        }
+        check_indptr(op, "page_lists.indptr", lists.indptr)?;
+        let heads = if lists.per_head { spec.num_kv_heads } else { 1 };
+        let per_sequence = |s: &Sequence| heads * (s.q_len as usize).div_ceil(lists.q_tile);
+        let count: usize = self.sequences.iter().map(per_sequence).sum();
+        if lists.indptr.len() != count + 1 {
+            let expected = format_args!("{} entries, for {count} lists", count + 1).to_string();
+            return Err(Error::value(op, "page_lists.indptr", expected, lists.indptr.len()));
+        }
+        if lists.indptr[count] as usize > lists.pages.len() {
+            let expected = format_args!("at least {} entries", lists.indptr[count]).to_string();
+            return Err(Error::value(op, "page_lists.pages", expected, lists.pages.len()));
+        }
+        let table = std::mem::take(&mut self.pages);
+        self.logical_pages = lists.pages[..lists.indptr[count] as usize].to_vec();
+        let row_tile = if schedule.row_tile == 0 { usize::MAX / 2 } else { schedule.row_tile };
+        let (mut tiles, mut list) = (Vec::new(), 0);
+        for (index, s) in self.sequences.iter().enumerate() {
+            let rows = check_rows(op, spec, s)?;
+            let num_pages = (s.kv_len as usize).div_ceil(self.page_size);
+            let own = &table[s.page_start as usize..][..num_pages];
+            for head in 0..heads {
+                for (tile, row_start) in (0..rows).step_by(lists.q_tile * spec.group()).enumerate() {
+                    let range = lists.indptr[list] as usize..lists.indptr[list + 1] as usize;
+                    let logical = &lists.pages[range.clone()];
+                    check_list(op, logical, num_pages, (index, head, tile))?;
+                    self.pages.extend(logical.iter().map(|&page| own[page as usize]));
+                    let mut tokens = logical.len() * self.page_size;
+                    if logical.last().is_some_and(|&page| page as usize + 1 == num_pages) {
+                        tokens -= num_pages * self.page_size - s.kv_len as usize;
+                    }
+                    let row_end = (row_start + lists.q_tile * spec.group()).min(rows);
+                    let kv_heads = if lists.per_head { head..head + 1 } else { 0..spec.num_kv_heads };
+                    for (kv_head, start) in
+                        kv_heads.flat_map(|h| (row_start..row_end).step_by(row_tile).map(move |r| (h, r)))
+                    {
+                        let end = (start + row_tile).min(row_end);
+                        let mut tile = work_item(index, kv_head, start, end, range.start as u64);
+                        tile.kv_end = token_count(op, tokens)?;
+                        tiles.push(tile);
+                    }
+                    list += 1;
+                }
+            }
+        }
+        Ok(tiles)
+    }
+
+    fn schedule(
+        &mut self,
+        op: &'static str,
+        mut tiles: Vec<WorkItem>,
+        splits: Splits,
+        schedule: Schedule,
+    ) -> Result<()> {
+        let workers = schedule.workers.max(1);
         // Longest first, so that no worker starts a long item when the others are done.
         tiles.sort_by_key(|t| std::cmp::Reverse(cost(t)));
         let total: u64 = tiles.iter().map(cost).sum();
@@ -403,6 +484,46 @@ impl Plan {
         let WorkItem { seq, kv_head, row_start, row_end, .. } = tile;
         self.merges.push(MergeItem { seq, kv_head, row_start, row_end, partial: partial as u32, num_splits });
         self.partial_rows += num_splits as usize * rows;
+    }
+}
+
+/// Rows of a sequence, for one KV head.
+fn check_rows(op: &'static str, spec: &AttentionSpec, s: &Sequence) -> Result<usize> {
+    let rows = s.q_len as usize * spec.group();
+    if rows > u32::MAX as usize || s.kv_len > i32::MAX as u32 || s.q_len > i32::MAX as u32 {
+        return Err(Error::value(op, "q_len, kv_len", "below 2^31 tokens and 2^32 packed rows", rows));
+    }
+    Ok(rows)
+}
+
+fn check_list(op: &'static str, list: &[u32], num_pages: usize, whose: (usize, usize, usize)) -> Result<()> {
+    let (sequence, head, tile) = whose;
+    if let Some(at) = list.windows(2).position(|w| w[0] >= w[1]) {
+        let got =
+            format!("{} then {} (sequence {sequence}, head {head}, tile {tile})", list[at], list[at + 1]);
+        return Err(Error::value(op, "page_lists.pages", "ascending pages in each list", got));
+    }
+    match list.last() {
+        Some(&page) if page as usize >= num_pages => {
+            let what = format!("page_lists.pages of sequence {sequence}, head {head}, tile {tile}");
+            Err(Error::Index { op, what, index: page as i64, limit: num_pages as u64 })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// An item without KV yet.
+fn work_item(seq: usize, kv_head: usize, row_start: usize, row_end: usize, pages: u64) -> WorkItem {
+    WorkItem {
+        seq: seq as u32,
+        kv_head: kv_head as u32,
+        row_start: row_start as u32,
+        row_end: row_end as u32,
+        kv_start: 0,
+        kv_end: 0,
+        partial: NO_PARTIAL,
+        scratch: NO_PARTIAL,
+        pages,
     }
 }
 

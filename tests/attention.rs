@@ -16,6 +16,7 @@ fn base() -> Case {
         kv_dtype: DType::F32,
         place: Place::Ragged,
         splits: Splits::Auto,
+        lists: None,
         q_scale: 1.0,
         seed: 7,
     }
@@ -86,7 +87,7 @@ proptest! {
         spec in spec(), lengths in lengths(), q_dtype in dtype(), kv_dtype in dtype(),
         place in place(), splits in splits(), q_scale in prop_oneof![Just(1.0f32), Just(30.0)], seed: u64,
     ) {
-        check(Case { spec, lengths, n_tree: None, q_dtype, kv_dtype, place, splits, q_scale, seed });
+        check(Case { spec, lengths, n_tree: None, q_dtype, kv_dtype, place, splits, lists: None, q_scale, seed });
     }
 
     #[test]
@@ -96,9 +97,45 @@ proptest! {
     ) {
         let spec = AttentionSpec::new(4, 2, 64);
         check(Case {
-            spec, lengths, n_tree: Some(n_tree), q_dtype: dtype, kv_dtype: dtype, place, splits,
+            spec, lengths, n_tree: Some(n_tree), q_dtype: dtype, kv_dtype: dtype, place, splits, lists: None,
             q_scale: 1.0, seed,
         });
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn generated_page_lists(
+        mut spec in spec(), lengths in lengths(), dtype in dtype(), page_size in prop_oneof![Just(1), Just(3), Just(16), Just(100)],
+        splits in splits(), q_tile in prop_oneof![Just(1), Just(16), Just(50), Just(1000)], per_head: bool, seed: u64,
+    ) {
+        spec.alibi_slopes = None;
+        let place = Place::Paged { page_size, nhd: false, block_table: true };
+        check(Case {
+            spec, lengths, n_tree: None, q_dtype: dtype, kv_dtype: dtype, place, splits,
+            lists: Some((q_tile, per_head)), q_scale: 1.0, seed,
+        });
+    }
+}
+
+/// Lists that name every page are dense attention, bit for bit.
+#[test]
+fn full_page_lists_are_dense() {
+    let place = Place::Paged { page_size: 16, nhd: false, block_table: false };
+    for splits in [Splits::None, Splits::Fixed(128)] {
+        let case = Case { lengths: vec![(70, 300), (1, 90)], place, splits, ..base() };
+        for device in devices() {
+            let mut problem = Problem::for_device(&case, &device);
+            let dense = problem.run(&device);
+            problem.case.lists = Some((128, false));
+            problem.list_pages = (0..300u32.div_ceil(16)).chain(0..90u32.div_ceil(16)).collect();
+            problem.list_indptr = vec![0, 19, 25];
+            let listed = problem.run(&device);
+            assert_eq!(dense.out, listed.out, "{device:?}");
+            assert_eq!(dense.lse, listed.lse);
+        }
     }
 }
 

@@ -32,6 +32,7 @@ fn problem() -> Problem {
         kv_dtype: DType::F16,
         place: Place::Paged { page_size: 16, nhd: false, block_table: false },
         splits: Splits::Fixed(256),
+        lists: None,
         q_scale: 1.0,
         seed: 5,
     })

@@ -19,6 +19,7 @@ fn case(head_dim: usize, lengths: Vec<(usize, usize)>, page_size: usize) -> Case
         kv_dtype: DType::F16,
         place: Place::Paged { page_size, nhd: false, block_table: false },
         splits: Splits::None,
+        lists: None,
         q_scale: 1.0,
         seed: 3,
     }

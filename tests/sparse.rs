@@ -68,6 +68,7 @@ fn sparse_selection_is_the_naive_one_and_a_full_budget_is_dense() {
             kv_dtype: dtype,
             place: Place::Paged { page_size, nhd: false, block_table: false },
             splits: Splits::Fixed(128),
+            lists: None,
             q_scale: 1.0,
             seed: 21,
         };

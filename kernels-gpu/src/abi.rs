@@ -34,6 +34,8 @@ pub struct WorkItem {
     /// First row of partial states that the item may use as it likes, where it finishes its rows after
     /// several sections; else [`NO_PARTIAL`].
     pub scratch: u32,
+    /// First entry of the item's page list. KV tokens of the item count along its list, page by page.
+    pub pages: u64,
 }
 
 /// Rows whose partial states are merged, in order, into finished rows.
@@ -62,8 +64,7 @@ pub struct Sequence {
     pub q_start: u64,
     /// First KV token in the ragged KV (0 where KV is paged).
     pub kv_start: u64,
-    /// First entry of the sequence in the plan's page list; per KV head, heads follow each other
-    /// `pages_per_head` apart.
+    /// First entry of the sequence's page list, where its items share one.
     pub page_start: u64,
     /// First word of the sequence's tree mask.
     pub tree_start: u64,
@@ -173,6 +174,8 @@ pub struct AttentionParams {
     pub sequences: u64,
     /// Page numbers, u32.
     pub pages: u64,
+    /// For each entry of `pages` its place in the sequence, u32: positions are counted by it. 0: lists have all pages.
+    pub logical_pages: u64,
     /// Tree mask words, u32.
     pub tree_mask: u64,
     /// f32 per query head; or 0.
@@ -659,10 +662,10 @@ macro_rules! plain {
 }
 
 plain! {
-    AttentionParams: 248,
+    AttentionParams: 256,
     MergePartialsParams: 96,
-    AttentionInt4Params: 456,
-    WorkItem: 32,
+    AttentionInt4Params: 464,
+    WorkItem: 40,
     MergeItem: 24,
     Sequence: 56,
     ScoreParams: 20,

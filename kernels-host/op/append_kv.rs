@@ -76,7 +76,7 @@ impl AppendPlan {
         if let KvTable::Ragged { .. } = batch.kv {
             return Err(Error::value(OP, "batch.kv", "a page table", "ragged KV"));
         }
-        let lengths = Batch { tree: None, ..*batch };
+        let lengths = Batch { tree: None, page_lists: None, ..*batch };
         let plan = Plan::new(OP, spec, &lengths, Splits::None, Schedule::default())?;
         let (mut slots, mut positions, mut tails) = (Vec::new(), Vec::new(), Vec::new());
         for seq in plan.sequences() {

@@ -63,8 +63,12 @@ impl SparsePlan {
         if all.page_size == 0 {
             return Err(Error::value(OP, "batch.kv", "a page table", "ragged KV"));
         }
-        if batch.tree.is_some() || spec.window.is_some() || spec.alibi_slopes.is_some() {
-            let expected = "no tree, window or ALiBi: chosen pages have no distance";
+        if batch.tree.is_some()
+            || batch.page_lists.is_some()
+            || spec.window.is_some()
+            || spec.alibi_slopes.is_some()
+        {
+            let expected = "no tree, page lists, window or ALiBi: chosen pages have no distance";
             return Err(Error::value(OP, "spec", expected, "one of them set"));
         }
         if let Some(seq) = all.sequences.iter().find(|s| s.q_len != 1) {
@@ -111,6 +115,10 @@ impl SparsePlan {
             }
         }
         plan.num_pages = all.num_pages;
+        for item in &mut plan.items {
+            let seq = &plan.sequences[item.seq as usize];
+            item.pages = seq.page_start + item.kv_head as u64 * seq.pages_per_head as u64;
+        }
         let attention = AttentionPlan::from_plan(OP, device, spec, plan)?;
         let workspace = device.backend().plan_select(&SelectPlan {
             spec,

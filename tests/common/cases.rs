@@ -1,7 +1,9 @@
 //! The table of attention cases: what is asked, how it is laid out, and how it is checked.
 
 use ferroflash::op::attention::AttentionPlan;
-use ferroflash::{AttentionSpec, Batch, DType, Device, Kv, KvTable, NaturalLog, Splits, Tensor, TreeMask};
+use ferroflash::{
+    AttentionSpec, Batch, DType, Device, Kv, KvTable, NaturalLog, PageLists, Splits, Tensor, TreeMask,
+};
 
 use super::reference::{Features, attend};
 use super::{Elements, Rng, is_gpu, rounded};
@@ -30,6 +32,8 @@ pub struct Case {
     pub kv_dtype: DType,
     pub place: Place,
     pub splits: Splits,
+    /// Random page lists: query tokens of a tile, and whether KV heads have their own.
+    pub lists: Option<(usize, bool)>,
     /// Standard deviation of Q: large ones give extreme logits.
     pub q_scale: f32,
     pub seed: u64,
@@ -51,6 +55,9 @@ pub struct Problem {
     pub v: Vec<Vec<Vec<Vec<f32>>>>,
     pub n_tree: Vec<u32>,
     pub mask: Vec<u32>,
+    /// Page lists as the plan takes them.
+    pub list_indptr: Vec<u32>,
+    pub list_pages: Vec<u32>,
 }
 
 impl Problem {
@@ -87,7 +94,41 @@ impl Problem {
                 }
             }
         }
-        Problem { case, qo_indptr, q, k, v, n_tree, mask }
+        let mut problem =
+            Problem { case, qo_indptr, q, k, v, n_tree, mask, list_indptr: vec![0], list_pages: Vec::new() };
+        problem.draw_lists(&mut rng);
+        problem
+    }
+
+    /// Each page is in a list or not by chance; some lists are empty, some have every page.
+    fn draw_lists(&mut self, rng: &mut Rng) {
+        let (Some((q_tile, per_head)), Place::Paged { page_size, .. }) = (self.case.lists, self.case.place)
+        else {
+            return;
+        };
+        let heads = if per_head { self.case.spec.num_kv_heads } else { 1 };
+        for &(q_len, kv_len) in &self.case.lengths {
+            for _ in 0..heads * q_len.div_ceil(q_tile) {
+                let odds = [0, 2, 4, 8][rng.below(4)];
+                self.list_pages
+                    .extend((0..kv_len.div_ceil(page_size) as u32).filter(|_| rng.below(8) < odds));
+                self.list_indptr.push(self.list_pages.len() as u32);
+            }
+        }
+    }
+
+    /// Whether the page of KV column `column` is in the list of the query and KV head.
+    fn listed(&self, s: usize, token: usize, kv_head: usize, column: usize) -> bool {
+        let (Some((q_tile, per_head)), Place::Paged { page_size, .. }) = (self.case.lists, self.case.place)
+        else {
+            return true;
+        };
+        let heads = if per_head { self.case.spec.num_kv_heads } else { 1 };
+        let tiles = |s: usize| self.case.lengths[s].0.div_ceil(q_tile);
+        let before: usize = (0..s).map(|s| heads * tiles(s)).sum();
+        let list = before + if per_head { kv_head * tiles(s) } else { 0 } + token / q_tile;
+        let range = self.list_indptr[list] as usize..self.list_indptr[list + 1] as usize;
+        self.list_pages[range].contains(&((column / page_size) as u32))
     }
 
     /// Whether the tree mask lets query `token` of sequence `s` see KV column `column`.
@@ -138,7 +179,9 @@ impl Problem {
                     let q = &self.q[row * dim..][..dim];
                     let q_pos = kv_len as i64 - q_len as i64 + token as i64;
                     let (k, v) = (&self.k[s][kv_head], &self.v[s][kv_head]);
-                    let visible = |column| self.tree_visible(s, token, column);
+                    let visible = |column| {
+                        self.tree_visible(s, token, column) && self.listed(s, token, kv_head, column)
+                    };
                     let (o, lse) = attend::<f64>(q, q_pos, k, v, &features, visible, |p| p);
                     exact.out.extend(o);
                     exact.lse.push(lse);
@@ -166,6 +209,10 @@ impl Problem {
         let mut batch = Batch::new(&self.qo_indptr, tables.kv_table());
         if case.n_tree.is_some() {
             batch.tree = Some(TreeMask { n_tree: &self.n_tree, mask: &self.mask });
+        }
+        if let Some((q_tile, per_head)) = case.lists {
+            let (indptr, pages) = (&self.list_indptr[..], &self.list_pages[..]);
+            batch.page_lists = Some(PageLists { q_tile, per_head, indptr, pages });
         }
         let mut plan = AttentionPlan::new(device, spec, &batch, case.splits).unwrap();
         let lse_view = NaturalLog(lse.view_mut());

@@ -14,14 +14,14 @@ pub(crate) struct PageList {
 
 impl PageList {
     #[inline(always)]
-    pub(crate) fn new(pages: u64, page_size: Divisor, seq: &Sequence, kv_head: u32) -> Self {
-        PageList { at: pages + 4 * (seq.page_start + kv_head as u64 * seq.pages_per_head as u64), page_size }
+    pub(crate) fn new(pages: u64, page_size: Divisor, item: &WorkItem) -> Self {
+        PageList { at: pages + 4 * item.pages, page_size }
     }
 
     /// Page and offset of a token. Ragged KV is one page.
     ///
     /// # Safety
-    /// The token is below the sequence's end, so that the list has its page.
+    /// The token is below the item's end, so that the list has its page.
     #[inline(always)]
     #[track_caller]
     pub(crate) unsafe fn locate(&self, token: u32) -> (u32, u32) {
@@ -32,6 +32,18 @@ impl PageList {
         // SAFETY: the caller's promise.
         let [page] = unsafe { isa::ld_global_1(self.at + 4 * index as u64) };
         (page, offset)
+    }
+
+    /// Position in the sequence of a token of the list, where `at` holds logical pages.
+    ///
+    /// # Safety
+    /// As [`PageList::locate`].
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) unsafe fn position(&self, token: u32) -> u32 {
+        // SAFETY: the caller's promise.
+        let (page, offset) = unsafe { self.locate(token) };
+        page * self.page_size.value + offset
     }
 }
 

@@ -1,6 +1,7 @@
 //! Which of 64 columns a row sees, as bits.
 
-use crate::abi::{ScoreParams, Sequence};
+use crate::abi::{AttentionParams, ScoreParams, Sequence, WorkItem};
+use crate::attn::kv::PageList;
 use crate::attn::rows::{LaneRows, load_item};
 use crate::attn::softmax::Scores;
 use crate::isa;
@@ -29,6 +30,25 @@ pub(crate) fn visible(score: &ScoreParams, position: i32, at: i32, end: i32) -> 
         let low = low.clamp(0, 64) as i32;
         // A sink outside the causal range stays hidden.
         bits &= !first(low) | first((score.num_sinks.min(i32::MAX as u32) as i32).saturating_sub(at));
+    }
+    bits
+}
+
+/// As [`visible`], where columns count along a list of pages: run by run of one page.
+#[inline(always)]
+#[track_caller]
+fn visible_in_list(p: &AttentionParams, item: &WorkItem, position: i32, at: u32) -> u64 {
+    let list = PageList::new(p.logical_pages, p.page_size, item);
+    let end = if item.kv_end - at < 64 { item.kv_end - at } else { 64 };
+    let (mut bits, mut column) = (0, 0);
+    while column < end {
+        // SAFETY: the column is below the item's end.
+        let (page, offset) = unsafe { list.locate(at + column) };
+        let first_position = (page * p.page_size.value + offset) as i32;
+        let left = p.page_size.value - offset;
+        let run = if end - column < left { end - column } else { left };
+        bits |= (visible(&p.score, position, first_position, i32::MAX) & first(run as i32)) << column;
+        column += run;
     }
     bits
 }
@@ -62,7 +82,11 @@ pub(crate) fn hide(rows: &LaneRows<'_>, at: u32, s: &mut Scores) {
     let (item, seq) = load_item(p);
     let (positions, _) = rows.positions();
     for r in 0..2 {
-        let mut bits = visible(&p.score, positions[r], at as i32, item.kv_end as i32);
+        let mut bits = if p.logical_pages == 0 {
+            visible(&p.score, positions[r], at as i32, item.kv_end as i32)
+        } else {
+            visible_in_list(p, &item, positions[r], at)
+        };
         if seq.n_tree != 0 {
             let token = p.group.div_rem((item.row_start + rows.row(r)).min(item.row_end - 1)).0;
             let words = seq.n_tree.div_ceil(32);

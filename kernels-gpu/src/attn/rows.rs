@@ -3,6 +3,7 @@
 use core::f32::consts::LOG2_E;
 
 use crate::abi::{AttentionParams, Divisor, KV_BLOCK, Sequence, TokenRows, WorkItem};
+use crate::attn::kv::PageList;
 use crate::isa;
 
 /// Reads a plain struct.
@@ -112,11 +113,19 @@ impl LaneRows<'_> {
     #[inline(always)]
     #[track_caller]
     pub(crate) fn see_all(&self, at: u32) -> bool {
-        let score = &self.place.p.score;
+        let p = self.place.p;
         let ([first, last], plain_end) = self.positions();
-        at + KV_BLOCK as u32 <= plain_end
-            && (score.causal == 0 || (at + KV_BLOCK as u32 - 1) as i32 <= first)
-            && (score.window == 0 || last as i64 - (at as i64) < score.window as i64)
+        if at + KV_BLOCK as u32 > plain_end {
+            return false;
+        }
+        let (mut low, mut high) = (at, at + KV_BLOCK as u32 - 1);
+        if p.logical_pages != 0 {
+            let list = PageList::new(p.logical_pages, p.page_size, &load_item(p).0);
+            // SAFETY: the columns are below the item's end.
+            (low, high) = unsafe { (list.position(low), list.position(high)) };
+        }
+        (p.score.causal == 0 || high as i32 <= first)
+            && (p.score.window == 0 || last as i64 - (low as i64) < p.score.window as i64)
     }
 
     /// ALiBi slope of row `r`, base 2.

@@ -203,7 +203,7 @@ impl<'a, const CHUNKS: u32, const THREADS: u32, const STAGES: u32> Source<'a, CH
         let mut ring = Int4Ring {
             p,
             base,
-            pages: PageList::new(a.pages, a.page_size, seq, item.kv_head),
+            pages: PageList::new(a.pages, a.page_size, item),
             kv_head: item.kv_head,
             tail_slot: seq.tail_slot,
             tail_start: seq.kv_len / GROUP * GROUP,

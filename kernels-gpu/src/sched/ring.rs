@@ -107,7 +107,7 @@ impl<'a, const CHUNKS: u32, const THREADS: u32, const TILES: u32> Source<'a, CHU
             base,
             k: KvRows::new(&p.k, seq, item),
             v: KvRows::new(&p.v, seq, item),
-            pages: PageList::new(p.pages, p.page_size, seq, item.kv_head),
+            pages: PageList::new(p.pages, p.page_size, item),
             head_dim: p.head_dim,
             end: item.kv_end,
             put: 0,

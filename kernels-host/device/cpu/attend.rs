@@ -13,7 +13,7 @@ use ferroflash_kernels::abi::{
 };
 
 use super::convert::{load_row_as, store_row_as};
-use super::kv_rows::KvRows;
+use super::kv_rows::{KvRows, Place};
 use super::matmul::matmul;
 use super::simd::{Simd, Task};
 use super::softmax::{Scratch, State, exp2, max_nan, with_scratch};
@@ -183,7 +183,29 @@ impl Task for Attend<'_> {
 }
 
 impl Attend<'_> {
-    /// Rows' visible columns of a block: `lo..hi`, and the sinks below `sink`.
+    /// Runs of columns of a block whose tokens have successive positions: first column, its position, columns.
+    #[inline(always)]
+    fn runs(&self, at: usize, n: usize) -> impl Iterator<Item = (usize, usize, usize)> {
+        let Plan { logical_pages, page_size, .. } = self.kernel.plan;
+        let list = self.item.pages as usize;
+        let mut column = 0;
+        std::iter::from_fn(move || {
+            if column >= n {
+                return None;
+            }
+            let first = column;
+            if logical_pages.is_empty() {
+                column = n;
+                return Some((0, at, n));
+            }
+            let (index, offset) = ((at + first) / page_size, (at + first) % page_size);
+            column = (first + page_size - offset).min(n);
+            let position = logical_pages[list + index] as usize * page_size + offset;
+            Some((first, position, column - first))
+        })
+    }
+
+    /// Rows' visible columns of a run of positions from `at`: `lo..hi`, and the sinks below `sink`.
     #[inline(always)]
     fn columns(&self, seq: &Sequence, row: usize, at: usize, n: usize) -> (usize, usize, usize) {
         let score = &self.kernel.score;
@@ -201,17 +223,21 @@ impl Attend<'_> {
         let Attend { kernel, item, scratch } = self;
         let rows = (item.row_end - item.row_start) as usize;
         let visible = |i: usize| {
-            let (lo, hi, sink) = self.columns(seq, item.row_start as usize + i, at, n);
-            lo < hi || sink > 0
+            self.runs(at, n).any(|(_, position, n)| {
+                let (lo, hi, sink) = self.columns(seq, item.row_start as usize + i, position, n);
+                lo < hi || sink > 0
+            })
         };
-        // Visible rows are one run: positions grow with rows, and so do both edges.
+        // Rows from the first visible to the last: of contiguous KV all of them are visible, for positions grow
+        // with rows, and so do both edges.
         let Some(first) = (0..rows).find(|&i| visible(i)) else { return };
         let last = (first..rows).rev().find(|&i| visible(i)).unwrap_or(first);
         let (m, dim) = (last + 1 - first, kernel.padded_dim);
 
         let vecs = KV_BLOCK / S::LANES;
-        let head = item.kv_head as usize;
-        let ahead = kernel.kv.load_k::<S>(seq, head, at, n, scratch.k, scratch.v);
+        let place =
+            Place { seq, head: item.kv_head as usize, list: item.pages as usize, end: item.kv_end as usize };
+        let ahead = kernel.kv.load_k::<S>(place, at, n, scratch.k, scratch.v);
         let (q, s) = (scratch.q.add(first * dim), scratch.s.add(first * KV_BLOCK));
         let columns = |d, j| scratch.k.add(d * KV_BLOCK + j).cast_const();
         if m <= S::TILE_ROWS {
@@ -229,7 +255,7 @@ impl Attend<'_> {
         }
 
         let o = scratch.state.o.add(first * dim);
-        kernel.kv.add_pv::<S>(seq, head, at, n, s, m, o, scratch.v);
+        kernel.kv.add_pv::<S>(place, at, n, s, m, o, scratch.v);
     }
 
     /// Scores to weights, in place; the row's O is scaled to the new maximum.
@@ -294,8 +320,13 @@ impl Attend<'_> {
     /// Sets what the row does not see to `-inf`.
     #[inline(always)]
     unsafe fn mask_row(&self, seq: &Sequence, row: usize, at: usize, n: usize, s: *mut f32) {
-        let (lo, hi, sink) = self.columns(seq, row, at, n);
-        for c in (sink..lo).chain(hi..KV_BLOCK) {
+        for (first, position, n) in self.runs(at, n) {
+            let (lo, hi, sink) = self.columns(seq, row, position, n);
+            for c in (sink..lo).chain(hi..n) {
+                *s.add(first + c) = f32::NEG_INFINITY;
+            }
+        }
+        for c in n..KV_BLOCK {
             *s.add(c) = f32::NEG_INFINITY;
         }
         let tree_at = (seq.kv_len - seq.n_tree) as usize;

@@ -35,6 +35,17 @@ impl Ahead {
     }
 }
 
+/// Whose KV: an item's.
+#[derive(Clone, Copy)]
+pub(super) struct Place<'a> {
+    pub(super) seq: &'a Sequence,
+    pub(super) head: usize,
+    /// First entry of its page list.
+    pub(super) list: usize,
+    /// One past its last token, counted along the list.
+    pub(super) end: usize,
+}
+
 /// The KV of one call.
 pub(super) struct KvRows<'a> {
     /// Tokens per page; 0: ragged.
@@ -88,31 +99,23 @@ impl<'a> KvRows<'a> {
 
     /// Page and offset of a sequence's token.
     #[inline(always)]
-    pub(super) fn locate(&self, seq: &Sequence, head: usize, token: usize) -> (usize, usize) {
+    pub(super) fn locate(&self, place: Place<'_>, token: usize) -> (usize, usize) {
         let page_size = self.page_size;
         if page_size == 0 {
-            return (0, seq.kv_start as usize + token);
+            return (0, place.seq.kv_start as usize + token);
         }
-        let list = seq.page_start as usize + head * seq.pages_per_head as usize;
-        (self.pages[list + token / page_size] as usize, token % page_size)
+        (self.pages[place.list + token / page_size] as usize, token % page_size)
     }
 
     /// Addresses of tokens `at..at + n`, then zeros.
     #[inline(always)]
-    fn addresses(
-        &self,
-        rows: &Rows,
-        seq: &Sequence,
-        head: usize,
-        at: usize,
-        n: usize,
-    ) -> [*const u8; KV_BLOCK] {
+    fn addresses(&self, rows: &Rows, place: Place<'_>, at: usize, n: usize) -> [*const u8; KV_BLOCK] {
         let mut addresses = [ZEROS.as_ptr().cast(); KV_BLOCK];
         let mut i = 0;
         while i < n {
-            let (page, offset) = self.locate(seq, head, at + i);
+            let (page, offset) = self.locate(place, at + i);
             let run = if self.page_size == 0 { n - i } else { (n - i).min(self.page_size - offset) };
-            let first = rows.at(page, head, offset);
+            let first = rows.at(page, place.head, offset);
             for j in 0..run {
                 addresses[i + j] = first.wrapping_add(j * rows.token);
             }
@@ -128,8 +131,7 @@ impl<'a> KvRows<'a> {
     #[inline(always)]
     pub(super) unsafe fn load_k<S: Simd>(
         &self,
-        seq: &Sequence,
-        head: usize,
+        place: Place<'_>,
         at: usize,
         n: usize,
         to: *mut f32,
@@ -137,8 +139,8 @@ impl<'a> KvRows<'a> {
     ) -> Ahead {
         match &self.source {
             Source::Float { dtype, k, v } => {
-                let rows = self.addresses(k, seq, head, at, n);
-                let ahead = self.addresses(v, seq, head, at, n);
+                let rows = self.addresses(k, place, at, n);
+                let ahead = self.addresses(v, place, at, n);
                 match dtype {
                     DType::F16 => transpose::<S, f16>(&rows, &ahead, self.head_dim, to),
                     DType::BF16 => transpose::<S, bf16>(&rows, &ahead, self.head_dim, to),
@@ -152,7 +154,7 @@ impl<'a> KvRows<'a> {
                 let mut rows: [*const u8; KV_BLOCK] = [ZEROS.as_ptr().cast(); KV_BLOCK];
                 for (i, address) in rows.iter_mut().enumerate().take(n) {
                     let row = spare.add(i * self.head_dim);
-                    pages.load_k::<S>(seq, head, at + i, self.locate(seq, head, at + i), row);
+                    pages.load_k::<S>(place.seq, place.head, at + i, self.locate(place, at + i), row);
                     *address = row.cast();
                 }
                 transpose::<S, f32>(&rows, &rows, self.head_dim, to);
@@ -170,8 +172,7 @@ impl<'a> KvRows<'a> {
     #[allow(clippy::too_many_arguments)] // a place in the KV, and two matrices
     pub(super) unsafe fn add_pv<S: Simd>(
         &self,
-        seq: &Sequence,
-        head: usize,
+        place: Place<'_>,
         at: usize,
         n: usize,
         p: *const f32,
@@ -183,10 +184,10 @@ impl<'a> KvRows<'a> {
         let vecs = stride / S::LANES;
         match &self.source {
             Source::Float { dtype, k, v } => {
-                let rows = self.addresses(v, seq, head, at, n);
-                let next = (at + n).min(seq.kv_len as usize);
-                let next_n = (seq.kv_len as usize - next).min(KV_BLOCK);
-                let ahead = self.addresses(k, seq, head, next, next_n);
+                let rows = self.addresses(v, place, at, n);
+                let next = (at + n).min(place.end);
+                let next_n = (place.end - next).min(KV_BLOCK);
+                let ahead = self.addresses(k, place, next, next_n);
                 let lines = (self.head_dim * dtype.size()).div_ceil(64);
                 // A few query rows read each V once: it is widened on the way into the product.
                 if stride == self.head_dim && m <= S::TILE_ROWS {
@@ -210,10 +211,10 @@ impl<'a> KvRows<'a> {
             Source::Int4(pages) => {
                 for i in 0..n {
                     pages.load_v::<S>(
-                        seq,
-                        head,
+                        place.seq,
+                        place.head,
                         at + i,
-                        self.locate(seq, head, at + i),
+                        self.locate(place, at + i),
                         spare.add(i * stride),
                     );
                 }

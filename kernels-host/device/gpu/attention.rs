@@ -77,6 +77,7 @@ pub(super) struct Workspace {
     merges: usize,
     pub(super) sequences: usize,
     pub(super) pages: usize,
+    logical_pages: usize,
     tree_mask: usize,
     alibi_slopes: usize,
     sink_logits: usize,
@@ -99,6 +100,7 @@ impl Workspace {
             merges: place(size_of::<MergeItem>() * plan.merges.len()),
             sequences: place(size_of::<Sequence>() * plan.sequences.len()),
             pages: place(4 * plan.pages.len()),
+            logical_pages: place(4 * plan.logical_pages.len()),
             tree_mask: place(4 * plan.tree_mask.len()),
             alibi_slopes: place(floats(&spec.alibi_slopes)),
             sink_logits: place(floats(&spec.sink_logits)),
@@ -119,6 +121,7 @@ impl Workspace {
         put(self.merges, bytes(&plan.merges));
         put(self.sequences, bytes(&plan.sequences));
         put(self.pages, bytemuck::cast_slice(&plan.pages));
+        put(self.logical_pages, bytemuck::cast_slice(&plan.logical_pages));
         put(self.tree_mask, bytemuck::cast_slice(&plan.tree_mask));
         put(self.alibi_slopes, bytemuck::cast_slice(spec.alibi_slopes.as_deref().unwrap_or(&[])));
         put(self.sink_logits, bytemuck::cast_slice(spec.sink_logits.as_deref().unwrap_or(&[])));
@@ -172,6 +175,7 @@ impl Gpu {
             items: at(workspace.items),
             sequences: at(workspace.sequences),
             pages: at(workspace.pages),
+            logical_pages: optional(!plan.logical_pages.is_empty(), workspace.logical_pages),
             tree_mask: at(workspace.tree_mask),
             alibi_slopes: optional(spec.alibi_slopes.is_some(), workspace.alibi_slopes),
             sink_logits,
