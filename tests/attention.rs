@@ -120,6 +120,20 @@ proptest! {
     }
 }
 
+/// Whole blocks of listed pages on both edges of causal masks and windows, whose tokens stand far apart.
+#[test]
+fn page_lists_meet_the_edges_of_masks() {
+    for seed in 0..4 {
+        for window in [None, Some(90)] {
+            let mut case = Case { lengths: vec![(149, 300), (20, 520)], seed, ..base() };
+            case.spec.window = window;
+            case.place = Place::Paged { page_size: 16, nhd: false, block_table: false };
+            case.lists = Some((16, seed % 2 == 0));
+            check(case);
+        }
+    }
+}
+
 /// Lists that name every page are dense attention, bit for bit.
 #[test]
 fn full_page_lists_are_dense() {
