@@ -14,9 +14,9 @@ const FEW_ROWS: u32 = 32;
 const MEMORY_PIECE: u32 = 2048;
 
 /// What a device wants of a plan.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Schedule {
-    /// Packed query rows of one work item; 0: all rows of a sequence.
+    /// Packed query rows of one work item.
     pub(crate) row_tile: usize,
     /// Parallel workers that items should fill.
     pub(crate) workers: usize,
@@ -151,14 +151,26 @@ impl Plan {
         splits: Splits,
         schedule: Schedule,
     ) -> Result<Self> {
-        spec.check(op)?;
-        let section = match splits {
+        let mut plan = Plan::lengths(op, spec, batch)?;
+        plan.section = match splits {
             Splits::Fixed(0) => {
                 return Err(Error::value(op, "Splits::Fixed", "at least 1 token", 0));
             }
             Splits::Fixed(tokens) => tokens.checked_next_multiple_of(KV_BLOCK).unwrap_or(0),
             Splits::Auto | Splits::None => 0,
         };
+        plan.add_tree(op, spec, batch)?;
+        let tiles = match &batch.page_lists {
+            None => plan.tiles(op, spec, schedule)?,
+            Some(lists) => plan.listed_tiles(op, spec, lists, batch, schedule)?,
+        };
+        plan.schedule(op, tiles, splits, schedule)?;
+        Ok(plan)
+    }
+
+    /// Sequences and page tables, checked, without work items.
+    pub(crate) fn lengths(op: &'static str, spec: &AttentionSpec, batch: &Batch<'_>) -> Result<Self> {
+        spec.check(op)?;
         let mut plan = Plan {
             sequences: Vec::new(),
             pages: Vec::new(),
@@ -167,7 +179,7 @@ impl Plan {
             tree_mask: Vec::new(),
             items: Vec::new(),
             merges: Vec::new(),
-            section,
+            section: 0,
             partial_rows: 0,
             total_q: 0,
             total_kv: 0,
@@ -175,12 +187,6 @@ impl Plan {
             num_tails: None,
         };
         plan.add_sequences(op, batch)?;
-        plan.add_tree(op, spec, batch)?;
-        let tiles = match &batch.page_lists {
-            None => plan.tiles(op, spec, schedule)?,
-            Some(lists) => plan.listed_tiles(op, spec, lists, batch, schedule)?,
-        };
-        plan.schedule(op, tiles, splits, schedule)?;
         Ok(plan)
     }
 
@@ -318,7 +324,7 @@ impl Plan {
 
     /// Tiles of rows of every sequence and KV head against all KV that they may see.
     fn tiles(&self, op: &'static str, spec: &AttentionSpec, schedule: Schedule) -> Result<Vec<WorkItem>> {
-        let row_tile = if schedule.row_tile == 0 { usize::MAX / 2 } else { schedule.row_tile };
+        let row_tile = schedule.row_tile;
         let mut tiles = Vec::new();
         for (index, s) in self.sequences.iter().enumerate() {
             let rows = check_rows(op, spec, s)?;
@@ -369,7 +375,7 @@ impl Plan {
         }
         let table = std::mem::take(&mut self.pages);
         self.logical_pages = lists.pages[..lists.indptr[count] as usize].to_vec();
-        let row_tile = if schedule.row_tile == 0 { usize::MAX / 2 } else { schedule.row_tile };
+        let row_tile = schedule.row_tile;
         let (mut tiles, mut list) = (Vec::new(), 0);
         for (index, s) in self.sequences.iter().enumerate() {
             let rows = check_rows(op, spec, s)?;

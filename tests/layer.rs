@@ -4,7 +4,7 @@ mod common;
 
 use common::reference::{Features, attend};
 use common::{Elements, Rng, close, devices, on};
-use ferroflash::op::sample::{SamplingParams, sample};
+use ferroflash::op::sample::{SamplingParams, sample, sample_on_device};
 use ferroflash::op::{layer, merge};
 use ferroflash::{DType, Device, NaturalLog, Tensor};
 use proptest::prelude::*;
@@ -116,6 +116,27 @@ fn embedding_copies_rows() {
                 assert_eq!(row, &table.to_f32()[id as usize * 7..][..7]);
             }
         }
+    }
+}
+
+/// Sampled ids feed the embedding without the host; an id past the table is a row of NaN.
+#[test]
+fn ids_stay_on_the_device() {
+    let table: Vec<f32> = (0..12).map(|x| x as f32).collect();
+    for device in devices() {
+        let logits = on(&device, &[0.0f32, 3.0, 1.0, 9.0, 2.0, 1.0], &[2, 3]);
+        let mut ids = on(&device, &[u32::MAX; 3], &[3]);
+        let greedy = [SamplingParams::default(); 2];
+        let first_two = ids.view_mut().narrow(0, 0, 2).unwrap();
+        sample_on_device(&device, logits.view(), &greedy, first_two).unwrap();
+        let mut out = on(&device, &[0f32; 12], &[3, 4]);
+        let table = on(&device, &table, &[3, 4]);
+        layer::embedding_on_device(&device, table.view(), ids.view(), out.view_mut()).unwrap();
+        let out = out.to_vec::<f32>().unwrap();
+        assert_eq!(out[..8], [4.0, 5.0, 6.0, 7.0, 0.0, 1.0, 2.0, 3.0]);
+        assert!(out[8..].iter().all(|x| x.is_nan()));
+        let short = ids.view_mut().narrow(0, 0, 1).unwrap();
+        assert!(sample_on_device(&device, logits.view(), &greedy, short).is_err());
     }
 }
 

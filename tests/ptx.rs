@@ -8,7 +8,9 @@ mod compile;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::{env, fs};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::{env, fs, thread};
 
 use compile::{Manifest, Toolchain};
 
@@ -114,44 +116,69 @@ fn assemble(files: &BTreeMap<String, String>, manifest: &Manifest) {
     let known = String::from_utf8(Command::new(&ptxas).arg("--help").output().unwrap().stdout).unwrap();
     let scratch = root().join("target/ptx-checks");
     fs::create_dir_all(&scratch).unwrap();
+    let job = Job { ptxas, nvdisasm, known, scratch, manifest };
+    let files: Vec<(&String, &String)> = files.iter().collect();
+    let (next, rows) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
+    thread::scope(|scope| {
+        for _ in 0..thread::available_parallelism().map_or(1, |n| n.get()) {
+            scope.spawn(|| {
+                while let Some((name, text)) = files.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let table = job.check(name, text);
+                    rows.lock().unwrap().insert(name.to_string(), table);
+                }
+            });
+        }
+    });
     println!("{:28} {:>5} {:>6} {:>7}  main loop (sm_80)", "entry", "regs", "shared", "threads");
-    for (name, text) in files {
+    rows.into_inner().unwrap().values().for_each(|table| print!("{table}"));
+}
+
+struct Job<'a> {
+    ptxas: PathBuf,
+    nvdisasm: Option<PathBuf>,
+    /// What ptxas says of itself.
+    known: String,
+    scratch: PathBuf,
+    manifest: &'a Manifest,
+}
+
+impl Job<'_> {
+    /// Assembles a file for every GPU; gives the table's rows.
+    fn check(&self, name: &str, text: &str) -> String {
         assert!(!text.contains(".extern .func"), "{name} calls a function that is not there");
-        let ptx = scratch.join(name);
+        let ptx = self.scratch.join(name);
         fs::write(&ptx, text).unwrap();
+        let mut table = String::new();
         for architecture in ARCHITECTURES {
-            if !known.contains(architecture) {
+            if !self.known.contains(architecture) {
                 println!("skipped: this ptxas does not know {architecture}");
                 continue;
             }
-            let cubin = scratch.join(format!("{name}.{architecture}.cubin"));
+            let cubin = self.scratch.join(format!("{name}.{architecture}.cubin"));
             let arch = format!("-arch={architecture}");
-            let out =
-                Command::new(&ptxas).arg(arch).arg("-v").arg(&ptx).arg("-o").arg(&cubin).output().unwrap();
+            let mut command = Command::new(&self.ptxas);
+            let out = command.arg(arch).arg("-v").arg(&ptx).arg("-o").arg(&cubin).output().unwrap();
             let report = String::from_utf8_lossy(&out.stderr).into_owned();
             assert!(out.status.success(), "{name} for {architecture}:\n{report}");
-            let loops = match &nvdisasm {
+            let loops = match &self.nvdisasm {
                 Some(nvdisasm) if architecture == "sm_80" => main_loops(nvdisasm, &cubin),
                 _ => BTreeMap::new(),
             };
             let all = resources(&report);
-            for entry in manifest.entries.iter().filter(|e| compile::file_name(&e.family) == *name) {
-                let r = &all[&entry.name];
-                assert_eq!(
-                    (r.stack, r.spills),
-                    (0, 0),
-                    "stack and spills of {} for {architecture}",
-                    entry.name
-                );
-                let most = (REGISTERS / (entry.threads * entry.min_ctas)).min(255);
-                assert!(r.registers <= most, "{} uses {} registers of {most}", entry.name, r.registers);
+            for entry in self.manifest.entries.iter().filter(|e| compile::file_name(&e.family) == *name) {
+                let compile::Entry { name, threads, shared_bytes, min_ctas, .. } = entry;
+                let r = &all[name];
+                assert_eq!((r.stack, r.spills), (0, 0), "stack and spills of {name} for {architecture}");
+                let most = (REGISTERS / (threads * min_ctas)).min(255);
+                assert!(r.registers <= most, "{name} uses {} registers of {most}", r.registers);
                 if architecture == "sm_80" {
-                    let mix = loops.get(&entry.name).map_or("", String::as_str);
-                    let compile::Entry { name, threads, shared_bytes, .. } = entry;
-                    println!("{name:28} {:>5} {shared_bytes:>6} {threads:>7}  {mix}", r.registers);
+                    let mix = loops.get(name).map_or("", String::as_str);
+                    let registers = r.registers;
+                    table += &format!("{name:28} {registers:>5} {shared_bytes:>6} {threads:>7}  {mix}\n");
                 }
             }
         }
+        table
     }
 }
 

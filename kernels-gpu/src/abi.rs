@@ -308,10 +308,12 @@ pub struct EmbeddingParams {
     pub out: Rows,
     /// u32 row numbers.
     pub ids: u64,
+    /// Bytes from id to id.
+    pub id_stride: u64,
     /// Elements of a row.
     pub dim: u32,
-    /// Keeps the size a multiple of 8.
-    pub reserved: u32,
+    /// Rows of the table; an id past them gives a row of NaN.
+    pub vocab: u32,
 }
 
 /// Most states that one merge takes.
@@ -547,7 +549,7 @@ pub struct SelectItem {
     pub count: u32,
 }
 
-/// `score_pages`: a warp per page, over x; item in y. `top_k_pages`: a CTA per item, in x.
+/// `score_pages`: `page_ctas` CTAs per item, a warp per page. `top_k_pages`: a CTA per item.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SelectParams {
@@ -573,8 +575,8 @@ pub struct SelectParams {
     pub recent: u32,
     /// 1: a negative softmax scale turns the order of scores.
     pub negate: u32,
-    /// Keeps the size a multiple of 8.
-    pub reserved: u32,
+    /// CTAs that score one item's pages.
+    pub page_ctas: u32,
 }
 
 /// How one row's next token is drawn.
@@ -603,6 +605,8 @@ pub struct SampleParams {
     pub rows: u64,
     /// u32 per row: the result.
     pub ids: u64,
+    /// Bytes from id to id.
+    pub id_stride: u64,
     /// Logits of a row.
     pub vocab: u32,
     /// Keeps the size a multiple of 8.
@@ -671,7 +675,7 @@ plain! {
     ScoreParams: 20,
     RmsNormParams: 136,
     SiluMulParams: 72,
-    EmbeddingParams: 80,
+    EmbeddingParams: 88,
     MergeStatesParams: 1104,
     AppendParams: 216,
     TouchedPage: 8,
@@ -683,6 +687,6 @@ plain! {
     SelectItem: 40,
     SelectParams: 120,
     SampleRow: 24,
-    SampleParams: 56,
+    SampleParams: 64,
     ConformanceParams: 32,
 }

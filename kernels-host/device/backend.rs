@@ -101,10 +101,22 @@ pub(crate) struct SiluMulCall<'a> {
     pub(crate) out: ViewMut<'a>,
 }
 
-/// Rows of a table.
+/// Token ids: on the host, checked; or u32 on the device, as they are.
+pub(crate) enum Ids<'a> {
+    Host(&'a [u32]),
+    Device(View<'a>),
+}
+
+/// Where token ids go.
+pub(crate) enum IdsMut<'a> {
+    Host(&'a mut [u32]),
+    Device(ViewMut<'a>),
+}
+
+/// Rows of a table. An id past the table (only on the device) gives a row of NaN.
 pub(crate) struct EmbeddingCall<'a> {
     pub(crate) table: View<'a>,
-    pub(crate) ids: &'a [u32],
+    pub(crate) ids: Ids<'a>,
     pub(crate) out: ViewMut<'a>,
 }
 
@@ -112,7 +124,7 @@ pub(crate) struct EmbeddingCall<'a> {
 pub(crate) struct SampleCall<'a> {
     pub(crate) logits: View<'a>,
     pub(crate) params: &'a [SamplingParams],
-    pub(crate) ids: &'a mut [u32],
+    pub(crate) ids: IdsMut<'a>,
 }
 
 /// A device.

@@ -13,8 +13,8 @@ use std::fmt;
 use std::sync::Arc;
 
 pub(crate) use backend::{
-    AppendCall, AppendCounts, AttentionCall, Backend, DequantCall, EmbeddingCall, MergeCall, RmsNormCall,
-    SampleCall, SelectCall, SelectPlan, SiluMulCall,
+    AppendCall, AppendCounts, AttentionCall, Backend, DequantCall, EmbeddingCall, Ids, IdsMut, MergeCall,
+    RmsNormCall, SampleCall, SelectCall, SelectPlan, SiluMulCall,
 };
 pub use cpu::{CpuOptions, SimdLevel};
 /// Building blocks of the CPU backend, for the linear layers of `ferroflash-serve`; not part of the API.

@@ -6,7 +6,7 @@ use super::Door;
 use crate::device::{AppendCall, AppendCounts, Device, Storage};
 use crate::error::{Error, Result};
 use crate::kv_cache::{Kv, KvMut, PageDims};
-use crate::plan::{Batch, KvTable, Plan, Schedule, Splits};
+use crate::plan::{Batch, KvTable, Plan};
 use crate::spec::{AttentionSpec, RopeSpec, RopeStyle};
 use crate::tensor::{View, ViewMut};
 
@@ -76,8 +76,7 @@ impl AppendPlan {
         if let KvTable::Ragged { .. } = batch.kv {
             return Err(Error::value(OP, "batch.kv", "a page table", "ragged KV"));
         }
-        let lengths = Batch { tree: None, page_lists: None, ..*batch };
-        let plan = Plan::new(OP, spec, &lengths, Splits::None, Schedule::default())?;
+        let plan = Plan::lengths(OP, spec, batch)?;
         let (mut slots, mut positions, mut tails) = (Vec::new(), Vec::new(), Vec::new());
         for seq in plan.sequences() {
             if seq.q_len > seq.kv_len {

@@ -1,7 +1,7 @@
 //! What a transformer layer needs around attention.
 
 use super::Door;
-use crate::device::{Device, EmbeddingCall, RmsNormCall, SiluMulCall};
+use crate::device::{Device, EmbeddingCall, Ids, RmsNormCall, SiluMulCall};
 use crate::error::{Error, Result};
 use crate::tensor::{View, ViewMut};
 
@@ -93,7 +93,23 @@ pub fn embedding(device: &Device, table: View<'_>, ids: &[u32], out: ViewMut<'_>
         let what = format!("ids[{i}]");
         return Err(Error::Index { op: door.op, what, index: id as i64, limit: vocab as u64 });
     }
-    device.backend().embedding(EmbeddingCall { table, ids, out })
+    device.backend().embedding(EmbeddingCall { table, ids: Ids::Host(ids), out })
+}
+
+/// [`embedding`] of ids that are on the device, where [`sample_on_device`](super::sample::sample_on_device) left them:
+/// a step needs no word from the host. An id past the table, which nobody can check before, gives a row of NaN.
+///
+/// `ids`: u32 `[tokens]`.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::DType`], [`Error::Device`].
+pub fn embedding_on_device(device: &Device, table: View<'_>, ids: View<'_>, out: ViewMut<'_>) -> Result<()> {
+    let door = Door { op: "embedding", device };
+    let [vocab, dim] = two_dims(&door, "table", &table)?;
+    door.floats("table", &table, &[vocab, dim])?;
+    let tokens = door.ids(&ids)?;
+    door.floats("out", &out.as_view(), &[tokens, dim])?;
+    device.backend().embedding(EmbeddingCall { table, ids: Ids::Device(ids), out })
 }
 
 fn two_dims(door: &Door<'_>, what: &'static str, view: &View<'_>) -> Result<[usize; 2]> {

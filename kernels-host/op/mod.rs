@@ -68,6 +68,18 @@ impl Door<'_> {
         Ok(())
     }
 
+    /// The device and type of token ids `[tokens]`; gives their number.
+    fn ids(&self, ids: &View<'_>) -> Result<usize> {
+        self.device("ids", ids)?;
+        let &[tokens] = ids.shape() else {
+            return Err(Error::shape(self.op, "ids", "[tokens]", ids.shape()));
+        };
+        if ids.dtype() != DType::U32 {
+            return Err(Error::dtype(self.op, "ids", DType::U32, ids.dtype()));
+        }
+        Ok(tokens)
+    }
+
     fn pages(&self, what: &str, needed: usize, there: usize) -> Result<()> {
         if needed > there {
             let what = format!("largest page number in {what}");

@@ -1,9 +1,9 @@
 //! Next tokens from logits.
 
 use super::Door;
-use crate::device::{Device, SampleCall};
+use crate::device::{Device, IdsMut, SampleCall};
 use crate::error::{Error, Result};
-use crate::tensor::View;
+use crate::tensor::{View, ViewMut};
 
 /// How one request's next token is drawn.
 ///
@@ -56,22 +56,41 @@ impl SamplingParams {
 /// [`Error::Value`] for parameters out of their domain or counts that differ; [`Error::Shape`],
 /// [`Error::DType`], [`Error::Device`].
 pub fn sample(device: &Device, logits: View<'_>, params: &[SamplingParams], ids: &mut [u32]) -> Result<()> {
+    check(device, &logits, params, ids.len())?;
+    device.backend().sample(SampleCall { logits, params, ids: IdsMut::Host(ids) })
+}
+
+/// [`sample`] with the ids left on the device, u32 `[rows]`: nothing waits.
+///
+/// # Errors
+/// As [`sample`].
+pub fn sample_on_device(
+    device: &Device,
+    logits: View<'_>,
+    params: &[SamplingParams],
+    ids: ViewMut<'_>,
+) -> Result<()> {
+    let rows = Door { op: "sample", device }.ids(&ids.as_view())?;
+    check(device, &logits, params, rows)?;
+    device.backend().sample(SampleCall { logits, params, ids: IdsMut::Device(ids) })
+}
+
+fn check(device: &Device, logits: &View<'_>, params: &[SamplingParams], ids: usize) -> Result<()> {
     let door = Door { op: "sample", device };
     let &[rows, vocab] = logits.shape() else {
         return Err(Error::shape(door.op, "logits", "[rows, vocab]", logits.shape()));
     };
-    door.floats("logits", &logits, &[rows, vocab])?;
+    door.floats("logits", logits, &[rows, vocab])?;
     if vocab == 0 {
         return Err(Error::shape(door.op, "logits", "at least one token in the vocabulary", logits.shape()));
     }
-    for (what, len) in [("params", params.len()), ("ids", ids.len())] {
+    for (what, len) in [("params", params.len()), ("ids", ids)] {
         if len != rows {
             let expected = format_args!("one per row, {rows}").to_string();
             return Err(Error::value(door.op, what, expected, len));
         }
     }
-    params.iter().try_for_each(SamplingParams::check)?;
-    device.backend().sample(SampleCall { logits, params, ids })
+    params.iter().try_for_each(SamplingParams::check)
 }
 
 /// 64 random bits from Philox 4x32-10 (Salmon et al., SC 2011): the seed is the key, the step the counter, so a

@@ -5,7 +5,7 @@ use super::attention::AttentionPlan;
 use crate::device::{Device, SelectCall, SelectPlan, Storage};
 use crate::error::{Error, Result};
 use crate::kv_cache::Kv;
-use crate::plan::{Batch, KvTable, Plan, Schedule, Splits};
+use crate::plan::{Batch, KvTable, Plan, Splits};
 use crate::spec::AttentionSpec;
 use crate::tensor::{NaturalLog, View, ViewMut};
 use ferroflash_kernels::abi::Sequence;
@@ -59,7 +59,7 @@ impl SparsePlan {
         budget: PageBudget,
         splits: Splits,
     ) -> Result<Self> {
-        let all = Plan::new(OP, spec, batch, Splits::None, Schedule::default())?;
+        let all = Plan::lengths(OP, spec, batch)?;
         if all.page_size == 0 {
             return Err(Error::value(OP, "batch.kv", "a page table", "ragged KV"));
         }

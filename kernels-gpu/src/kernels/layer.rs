@@ -71,13 +71,16 @@ pub(super) unsafe fn silu_mul(p: &SiluMulParams) {
 
 #[inline(always)]
 pub(super) unsafe fn embedding(p: &EmbeddingParams) {
-    // SAFETY: one id per CTA; the host has checked each against the table.
-    let [id] = unsafe { isa::ld_global_1(p.ids + 4 * isa::block_x() as u64) };
+    // SAFETY: one id per CTA.
+    let [id] = unsafe { isa::ld_global_1(p.ids + p.id_stride * isa::block_x() as u64) };
     let (from, to) = (p.table.at(id), p.out.at(isa::block_x()));
     let mut i = isa::thread_x();
     while i < p.dim {
-        // SAFETY: as above.
-        unsafe { store(to, p.out.dtype, i, load(from, p.table.dtype, i)) };
+        // SAFETY: the host has checked table and output, and an id past the table is not followed.
+        unsafe {
+            let x = if id < p.vocab { load(from, p.table.dtype, i) } else { f32::NAN };
+            store(to, p.out.dtype, i, x);
+        }
         i += THREADS;
     }
 }

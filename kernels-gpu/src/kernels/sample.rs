@@ -49,7 +49,7 @@ pub(super) unsafe fn body(p: &SampleParams) {
     let put = |id: u32| {
         if thread == 0 {
             // SAFETY: one id per row.
-            unsafe { isa::st_global_1(p.ids + 4 * row as u64, [id]) };
+            unsafe { isa::st_global_1(p.ids + p.id_stride * row as u64, [id]) };
         }
     };
 

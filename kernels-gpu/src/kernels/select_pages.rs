@@ -30,10 +30,10 @@ impl super::Config for TopKConfig {
 /// `max over the group of sum_d max(q_d min_d, q_d max_d)`, for each page.
 #[inline(always)]
 pub(super) unsafe fn score(p: &SelectParams) {
-    // SAFETY: one item per CTA in y.
-    let item: SelectItem =
-        unsafe { read_struct(p.items + size_of::<SelectItem>() as u64 * isa::block_y() as u64) };
-    let index = isa::block_x() * WARPS + isa::thread_x() / 32;
+    let (item, part) = isa::div_rem(isa::block_x(), p.page_ctas);
+    // SAFETY: `page_ctas` CTAs per item.
+    let item: SelectItem = unsafe { read_struct(p.items + size_of::<SelectItem>() as u64 * item as u64) };
+    let index = part * WARPS + isa::thread_x() / 32;
     if index >= item.num_pages || item.count == item.num_pages {
         return;
     }

@@ -4,7 +4,7 @@
 use super::convert::{load_row_as, store_row_as};
 use super::simd::{Simd, Task};
 use super::{Cpu, Shared};
-use crate::device::{EmbeddingCall, MergeCall, RmsNormCall, SiluMulCall};
+use crate::device::{EmbeddingCall, Ids, MergeCall, RmsNormCall, SiluMulCall};
 use crate::layout::Layout;
 use crate::tensor::View;
 
@@ -162,7 +162,8 @@ pub(super) fn silu_mul(cpu: &Cpu, call: SiluMulCall<'_>) {
 
 struct Embedding<'a> {
     table: Rows,
-    ids: &'a [u32],
+    vocab: usize,
+    ids: Ids<'a>,
     out: Rows,
     dim: usize,
 }
@@ -171,16 +172,29 @@ impl RowOp for Embedding<'_> {
     #[inline(always)]
     unsafe fn row<S: Simd>(&self, i: usize, scratch: &mut Vec<f32>) {
         scratch.resize(self.dim, 0.0);
-        self.table.load::<S>(self.ids[i] as usize, 0, scratch);
+        let id = match &self.ids {
+            Ids::Host(ids) => ids[i],
+            Ids::Device(ids) => *ids.ptr().cast::<u32>().add(i * ids.strides()[0]),
+        };
+        if (id as usize) < self.vocab {
+            self.table.load::<S>(id as usize, 0, scratch);
+        } else {
+            scratch.fill(f32::NAN);
+        }
         self.out.store::<S>(i, scratch);
     }
 }
 
 pub(super) fn embedding(cpu: &Cpu, call: EmbeddingCall<'_>) {
-    let dim = call.out.shape()[1];
-    let op =
-        Embedding { table: Rows::new(call.table), ids: call.ids, out: Rows::new(call.out.as_view()), dim };
-    on_rows(cpu, call.ids.len(), call.ids.len() * dim, op);
+    let (rows, dim) = (call.out.shape()[0], call.out.shape()[1]);
+    let op = Embedding {
+        table: Rows::new(call.table),
+        vocab: call.table.shape()[0],
+        ids: call.ids,
+        out: Rows::new(call.out.as_view()),
+        dim,
+    };
+    on_rows(cpu, rows, rows * dim, op);
 }
 
 struct MergeStates {

@@ -4,20 +4,23 @@ use super::Cpu;
 use super::Shared;
 use super::convert::load_row_as;
 use super::simd::{Simd, Task};
-use crate::device::SampleCall;
+use crate::device::{IdsMut, SampleCall};
 use crate::op::sample::{SamplingParams, random_bits};
 
 pub(super) fn sample(cpu: &Cpu, call: SampleCall<'_>) {
     let vocab = call.logits.shape()[1];
     let (dtype, stride) = (call.logits.dtype(), call.logits.strides()[0]);
     let logits = Shared(call.logits.ptr().cast_mut());
-    let ids = Shared(call.ids.as_mut_ptr());
+    let (ids, id_stride) = match call.ids {
+        IdsMut::Host(ids) => (Shared(ids.as_mut_ptr()), 1),
+        IdsMut::Device(ids) => (Shared(ids.ptr().cast()), ids.strides()[0]),
+    };
     cpu.for_each(call.params.len(), |i| {
         let mut row = vec![0f32; vocab];
         let from = logits.get().wrapping_add(i * stride * dtype.size());
         cpu.level.run(Load { dtype, from, to: &mut row });
         // SAFETY: there are as many ids as params, checked at the door, and each index comes once.
-        unsafe { *ids.get().add(i) = next_token(&row, &call.params[i]) };
+        unsafe { *ids.get().add(i * id_stride) = next_token(&row, &call.params[i]) };
     });
 }
 

@@ -8,7 +8,7 @@ use ferroflash_kernels::abi::{
 use super::Gpu;
 use super::driver::{bytes, words};
 use super::params::{rows, token_rows};
-use crate::device::{EmbeddingCall, MergeCall, RmsNormCall, SampleCall, SiluMulCall};
+use crate::device::{EmbeddingCall, Ids, IdsMut, MergeCall, RmsNormCall, SampleCall, SiluMulCall};
 use crate::error::{Error, Result};
 use crate::op::sample::random_bits;
 use crate::tensor::View;
@@ -40,17 +40,29 @@ impl Gpu {
     }
 
     pub(super) fn run_embedding(&self, call: EmbeddingCall<'_>) -> Result<()> {
-        let ids = self.memory(4 * call.ids.len())?;
-        self.driver.upload(bytemuck::cast_slice(call.ids), ids.at())?;
-        let out = call.out.as_view();
-        let params = EmbeddingParams {
-            table: rows(&call.table),
-            out: rows(&out),
-            ids: ids.at(),
-            dim: out.shape()[1] as u32,
-            reserved: 0,
+        let EmbeddingCall { table, ids, out } = call;
+        let out = out.as_view();
+        // Ids from the host live until the launch is enqueued, and are freed after it in the stream's order.
+        let (staged, ids, id_stride) = match ids {
+            Ids::Host(ids) => {
+                let memory = self.memory(4 * ids.len())?;
+                self.driver.upload(bytemuck::cast_slice(ids), memory.at())?;
+                let at = memory.at();
+                (Some(memory), at, 4)
+            }
+            Ids::Device(ids) => (None, ids.ptr() as u64, 4 * ids.strides()[0] as u64),
         };
-        self.launch("embedding", [call.ids.len(), 1], words(&params))
+        let params = EmbeddingParams {
+            table: rows(&table),
+            out: rows(&out),
+            ids,
+            id_stride,
+            dim: out.shape()[1] as u32,
+            vocab: table.shape()[0].min(u32::MAX as usize) as u32,
+        };
+        let launched = self.launch("embedding", [out.shape()[0], 1], words(&params));
+        drop(staged);
+        launched
     }
 
     pub(super) fn run_merge(&self, call: MergeCall<'_>) -> Result<()> {
@@ -94,17 +106,26 @@ impl Gpu {
                 min_p: p.min_p,
             })
             .collect();
-        let (rows_at, ids_at) =
-            (self.memory(size_of::<SampleRow>() * how.len())?, self.memory(4 * ids.len())?);
+        let rows_at = self.memory(size_of::<SampleRow>() * how.len())?;
         self.driver.upload(bytes(&how), rows_at.at())?;
-        let params = SampleParams {
-            logits: rows(&logits),
-            rows: rows_at.at(),
-            ids: ids_at.at(),
-            vocab: logits.shape()[1] as u32,
-            reserved: 0,
+        let launch = |ids, id_stride| {
+            let params = SampleParams {
+                logits: rows(&logits),
+                rows: rows_at.at(),
+                ids,
+                id_stride,
+                vocab: logits.shape()[1] as u32,
+                reserved: 0,
+            };
+            self.launch("sample", [how.len(), 1], words(&params))
         };
-        self.launch("sample", [how.len(), 1], words(&params))?;
-        self.driver.download(ids_at.at(), bytemuck::cast_slice_mut(ids))
+        match ids {
+            IdsMut::Device(ids) => launch(ids.ptr() as u64, 4 * ids.strides()[0] as u64),
+            IdsMut::Host(ids) => {
+                let ids_at = self.memory(4 * ids.len())?;
+                launch(ids_at.at(), 4)?;
+                self.driver.download(ids_at.at(), bytemuck::cast_slice_mut(ids))
+            }
+        }
     }
 }

@@ -61,6 +61,7 @@ impl Gpu {
         let spec = select.spec;
         let items = select.sequences.len() * spec.num_kv_heads;
         let blob = SelectBlob::new(items, select.pages.len(), spec.num_kv_heads);
+        let most = select.sequences.iter().map(|s| (s.kv_len as usize).div_ceil(select.page_size)).max();
         let params = SelectParams {
             q: rows(&q),
             summaries: page_rows(&summaries),
@@ -73,10 +74,9 @@ impl Gpu {
             sinks: budget.sinks.min(u32::MAX as usize) as u32,
             recent: budget.recent.min(u32::MAX as usize) as u32,
             negate: (spec.softmax_scale < 0.0) as u32,
-            reserved: 0,
+            page_ctas: most.unwrap_or(0).div_ceil(PAGES) as u32,
         };
-        let most = select.sequences.iter().map(|s| (s.kv_len as usize).div_ceil(select.page_size)).max();
-        self.launch("score_pages", [most.unwrap_or(0).div_ceil(PAGES), items], words(&params))?;
+        self.launch("score_pages", [items * params.page_ctas as usize, 1], words(&params))?;
         self.launch("top_k_pages", [items, 1], words(&params))
     }
 
