@@ -9,7 +9,7 @@ use ferroflash::op::select_pages::{PageBudget, SparsePlan};
 use ferroflash::op::{decode, layer, merge, prefill, tree};
 use ferroflash::{
     AttentionSpec, Batch, CpuOptions, DType, Device, Error, Kv, KvCache, KvCacheSpec, KvFormat, KvTable,
-    NaturalLog, RopeScaling, RopeSpec, SimdLevel, Splits, Tensor, TreeMask, View, ViewMut,
+    NaturalLog, PageLists, RopeScaling, RopeSpec, SimdLevel, Splits, Tensor, TreeMask, View, ViewMut,
 };
 use proptest::prelude::*;
 
@@ -74,6 +74,20 @@ fn batches() {
     refused(plan(&[0, 1], block(&[0], 2, &[1])), &["block_table", "2", "1"]);
     let fixed = AttentionPlan::new(&device, &spec, &Batch::new(&[0, 1], RAGGED), Splits::Fixed(0));
     refused(fixed, &["Splits::Fixed"]);
+
+    let paged = block(&[0, 1], 2, &[32]);
+    let listed = |kv, q_tile, per_head, indptr, pages| {
+        let lists = PageLists { q_tile, per_head, indptr, pages };
+        let batch = Batch { page_lists: Some(lists), ..Batch::new(&[0, 5], kv) };
+        AttentionPlan::new(&device, &spec, &batch, Splits::Auto).map(|_| ())
+    };
+    listed(paged, 4, true, &[0, 1, 2, 2, 4], &[0, 1, 0, 1]).unwrap();
+    refused(listed(RAGGED, 4, false, &[0, 1, 2], &[0, 0]), &["page_lists", "paged"]);
+    refused(listed(paged, 0, false, &[0, 1, 2], &[0, 0]), &["q_tile"]);
+    refused(listed(paged, 4, false, &[0, 1], &[0]), &["page_lists.indptr", "3 entries", "2 lists"]);
+    refused(listed(paged, 4, false, &[0, 1, 3], &[0, 1]), &["page_lists.pages", "at least 3"]);
+    refused(listed(paged, 4, false, &[0, 2, 2], &[1, 1]), &["ascending", "1 then 1", "tile 0"]);
+    refused(listed(paged, 4, false, &[0, 0, 1], &[2]), &["page_lists.pages", "tile 1", "2"]);
 
     let full = AttentionSpec::new(4, 2, 64);
     let tree_of = |spec: &AttentionSpec, n_tree: &[u32], mask: &[u32]| {

@@ -90,21 +90,6 @@ impl<'a, const CHUNKS: u32, const THREADS: u32, const STAGES: u32> Int4Ring<'a, 
         }
     }
 
-    #[inline(always)]
-    #[track_caller]
-    fn take(&mut self, is_v: bool, at: u32) -> SharedTile<CHUNKS> {
-        wait_for_next::<STAGES>();
-        // The stage has arrived, and nobody uses the tile any more.
-        isa::bar_sync();
-        let ahead = is_v as u32 + STAGES - 1;
-        self.put(ahead % 2 == 1, at + ahead / 2 * BLOCK);
-        let tile = SharedTile::<CHUNKS>::new(self.base + Self::TILE);
-        self.unpack(is_v, at, tile);
-        self.take = if self.take + 1 == STAGES { 0 } else { self.take + 1 };
-        isa::bar_sync();
-        tile
-    }
-
     /// Fills the tile: eight channels of a token at a time, four from each half of its channels.
     #[inline(always)]
     #[track_caller]
@@ -224,13 +209,16 @@ impl<'a, const CHUNKS: u32, const THREADS: u32, const STAGES: u32> Source<'a, CH
 
     #[inline(always)]
     #[track_caller]
-    fn take_k(&mut self, at: u32) -> SharedTile<CHUNKS> {
-        self.take(false, at)
-    }
-
-    #[inline(always)]
-    #[track_caller]
-    fn take_v(&mut self, at: u32) -> SharedTile<CHUNKS> {
-        self.take(true, at)
+    fn take(&mut self, is_v: bool, at: u32) -> SharedTile<CHUNKS> {
+        wait_for_next::<STAGES>();
+        // The stage has arrived, and nobody uses the tile any more.
+        isa::bar_sync();
+        let ahead = is_v as u32 + STAGES - 1;
+        self.put(ahead % 2 == 1, at + ahead / 2 * BLOCK);
+        let tile = SharedTile::<CHUNKS>::new(self.base + Self::TILE);
+        self.unpack(is_v, at, tile);
+        self.take = if self.take + 1 == STAGES { 0 } else { self.take + 1 };
+        isa::bar_sync();
+        tile
     }
 }

@@ -21,12 +21,23 @@ pub(crate) trait Source<'a, const CHUNKS: u32>: Sized {
 
     fn attention(p: &Self::Params) -> &AttentionParams;
 
-    /// K of the block from token `at`, which is the next one: visible to all lanes; the V before it is given
-    /// up by all of them.
-    fn take_k(&mut self, at: u32) -> SharedTile<CHUNKS>;
+    /// K or V of the block from token `at`, whose turn it is: visible to all lanes, and the tile before is given up
+    /// by all of them.
+    fn take(&mut self, is_v: bool, at: u32) -> SharedTile<CHUNKS>;
 
-    /// The block's V, likewise; its K is given up.
-    fn take_v(&mut self, at: u32) -> SharedTile<CHUNKS>;
+    /// K of the block.
+    #[inline(always)]
+    #[track_caller]
+    fn take_k(&mut self, at: u32) -> SharedTile<CHUNKS> {
+        self.take(false, at)
+    }
+
+    /// V of the block.
+    #[inline(always)]
+    #[track_caller]
+    fn take_v(&mut self, at: u32) -> SharedTile<CHUNKS> {
+        self.take(true, at)
+    }
 }
 
 /// Waits for all of a lane's copies but the newest `tiles - 2` groups: of a ring of `tiles`, the one that is
@@ -79,19 +90,6 @@ impl<'a, const CHUNKS: u32, const THREADS: u32, const TILES: u32> Ring<'a, CHUNK
         isa::cp_async_commit();
         self.put = if self.put + 1 == TILES { 0 } else { self.put + 1 };
     }
-
-    #[inline(always)]
-    #[track_caller]
-    fn take(&mut self, is_v: bool, at: u32) -> SharedTile<CHUNKS> {
-        wait_for_next::<TILES>();
-        isa::bar_sync();
-        // Tiles are numbered K 0, V 0, K 1...: `TILES - 1` after this one comes
-        let ahead = is_v as u32 + TILES - 1;
-        self.put(ahead % 2 == 1, at + ahead / 2 * KV_BLOCK as u32);
-        let tile = self.tile(self.take);
-        self.take = if self.take + 1 == TILES { 0 } else { self.take + 1 };
-        tile
-    }
 }
 
 impl<'a, const CHUNKS: u32, const THREADS: u32, const TILES: u32> Source<'a, CHUNKS>
@@ -126,14 +124,15 @@ impl<'a, const CHUNKS: u32, const THREADS: u32, const TILES: u32> Source<'a, CHU
 
     #[inline(always)]
     #[track_caller]
-    fn take_k(&mut self, at: u32) -> SharedTile<CHUNKS> {
-        self.take(false, at)
-    }
-
-    #[inline(always)]
-    #[track_caller]
-    fn take_v(&mut self, at: u32) -> SharedTile<CHUNKS> {
-        self.take(true, at)
+    fn take(&mut self, is_v: bool, at: u32) -> SharedTile<CHUNKS> {
+        wait_for_next::<TILES>();
+        isa::bar_sync();
+        // Tiles are numbered K 0, V 0, K 1...: `TILES - 1` after this one comes
+        let ahead = is_v as u32 + TILES - 1;
+        self.put(ahead % 2 == 1, at + ahead / 2 * KV_BLOCK as u32);
+        let tile = self.tile(self.take);
+        self.take = if self.take + 1 == TILES { 0 } else { self.take + 1 };
+        tile
     }
 }
 

@@ -2,6 +2,11 @@
 
 use ferroflash_kernels::abi::{KV_BLOCK, MergeItem, NO_PARTIAL, Sequence, WorkItem};
 
+mod batch;
+mod lists;
+
+pub use batch::{Batch, KvTable, PageLists, Splits, TreeMask};
+
 use crate::error::{Error, Result};
 use crate::spec::AttentionSpec;
 
@@ -22,99 +27,6 @@ pub(crate) struct Schedule {
     pub(crate) workers: usize,
     /// Whether an item that finishes rows after several sections gets room to keep them in between.
     pub(crate) scratch: bool,
-}
-
-/// How a sequence's KV is divided over workers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Splits {
-    /// Divided where that keeps all workers busy. Deterministic for the same batch.
-    #[default]
-    Auto,
-    /// One worker walks all of a row's KV.
-    None,
-    /// Every row's KV is divided at multiples of this many tokens (rounded up to a multiple of 64) and
-    /// merged in order, whatever else is in the batch and however the queries are chunked: a row's bits
-    /// depend on its own query, keys and values alone.
-    Fixed(usize),
-}
-
-/// The lengths of one step: which queries and which KV belong to which sequence.
-#[derive(Clone, Copy, Debug)]
-pub struct Batch<'a> {
-    /// Query tokens of sequence `i` are rows `qo_indptr[i]..qo_indptr[i + 1]`; starts at 0.
-    pub qo_indptr: &'a [u32],
-    /// Where each sequence's KV lives.
-    pub kv: KvTable<'a>,
-    /// Ancestor masks, for tree attention only.
-    pub tree: Option<TreeMask<'a>>,
-    /// Row of each sequence's tail in an int4 cache; empty for other formats.
-    pub tail_slots: &'a [u32],
-    /// Which pages each tile of queries attends to; `None`: all of its sequence's.
-    pub page_lists: Option<PageLists<'a>>,
-}
-
-impl<'a> Batch<'a> {
-    /// A batch without trees, int4 tails or page lists.
-    pub fn new(qo_indptr: &'a [u32], kv: KvTable<'a>) -> Self {
-        Batch { qo_indptr, kv, tree: None, tail_slots: &[], page_lists: None }
-    }
-}
-
-/// Where each sequence's KV lives.
-#[derive(Clone, Copy, Debug)]
-pub enum KvTable<'a> {
-    /// Rows `kv_indptr[i]..kv_indptr[i + 1]` of ragged KV; starts at 0.
-    Ragged {
-        /// Prefix sums of the KV lengths, one more than sequences.
-        kv_indptr: &'a [u32],
-    },
-    /// Compressed page lists (FlashInfer's form).
-    Csr {
-        /// Tokens per page.
-        page_size: usize,
-        /// Pages of sequence `i` are `kv_indices[kv_indptr[i]..kv_indptr[i + 1]]`; starts at 0.
-        kv_indptr: &'a [u32],
-        /// Page numbers.
-        kv_indices: &'a [u32],
-        /// Tokens in each sequence's last page, 1 to `page_size`; ignored for a sequence with no page.
-        last_page_len: &'a [u32],
-    },
-    /// A rectangular table (vLLM's form).
-    Block {
-        /// Tokens per page.
-        page_size: usize,
-        /// `[batch, max_blocks]` page numbers; entries past a sequence's length are not looked at.
-        block_table: &'a [u32],
-        /// Columns of the table.
-        max_blocks: usize,
-        /// KV tokens of each sequence.
-        seq_lens: &'a [u32],
-    },
-}
-
-/// Block-sparse attention: lists of pages per KV head and tile of queries (local and global windows, dilated or
-/// random blocks, the choice of any policy). Masks are on top, by the tokens' own positions.
-#[derive(Clone, Copy, Debug)]
-pub struct PageLists<'a> {
-    /// Query tokens of a tile; a sequence's last tile may be shorter.
-    pub q_tile: usize,
-    /// `true`: a list for each KV head; `false`: one for all of them.
-    pub per_head: bool,
-    /// Where the lists begin and end in `pages`; starts at 0. Sequences one after another, in each of them KV heads
-    /// (with `per_head`), in each of these tiles.
-    pub indptr: &'a [u32],
-    /// Numbers of pages within their sequence, 0 its first, ascending in each list.
-    pub pages: &'a [u32],
-}
-
-/// Which of the last KV columns each query of a tree sees: itself and its ancestors.
-#[derive(Clone, Copy, Debug)]
-pub struct TreeMask<'a> {
-    /// KV columns under the mask, for each sequence; the columns before them are seen by every query.
-    pub n_tree: &'a [u32],
-    /// Rows of `ceil(n_tree / 32)` words, a row per query token, sequences one after another. Bit
-    /// `j % 32` of word `j / 32`: whether the query sees KV column `kv_len - n_tree + j`.
-    pub mask: &'a [u32],
 }
 
 /// Work for one step. Made once, used by every layer.
@@ -341,73 +253,6 @@ impl Plan {
         Ok(tiles)
     }
 
-    /// As [`Plan::tiles`], against the pages of lists. The plan's page table becomes one of lists.
-    fn listed_tiles(
-        &mut self,
-        op: &'static str,
-        spec: &AttentionSpec,
-        lists: &PageLists<'_>,
-        batch: &Batch<'_>,
-        schedule: Schedule,
-    ) -> Result<Vec<WorkItem>> {
-        if self.page_size == 0
-            || batch.tree.is_some()
-            || !batch.tail_slots.is_empty()
-            || spec.alibi_slopes.is_some()
-        {
-            let expected = "paged float KV, no tree, no ALiBi";
-            return Err(Error::value(op, "page_lists with", expected, "another"));
-        }
-        if lists.q_tile == 0 {
-            return Err(Error::value(op, "q_tile", "at least 1", 0));
-        }
-        check_indptr(op, "page_lists.indptr", lists.indptr)?;
-        let heads = if lists.per_head { spec.num_kv_heads } else { 1 };
-        let per_sequence = |s: &Sequence| heads * (s.q_len as usize).div_ceil(lists.q_tile);
-        let count: usize = self.sequences.iter().map(per_sequence).sum();
-        if lists.indptr.len() != count + 1 {
-            let expected = format_args!("{} entries, for {count} lists", count + 1).to_string();
-            return Err(Error::value(op, "page_lists.indptr", expected, lists.indptr.len()));
-        }
-        if lists.indptr[count] as usize > lists.pages.len() {
-            let expected = format_args!("at least {} entries", lists.indptr[count]).to_string();
-            return Err(Error::value(op, "page_lists.pages", expected, lists.pages.len()));
-        }
-        let table = std::mem::take(&mut self.pages);
-        self.logical_pages = lists.pages[..lists.indptr[count] as usize].to_vec();
-        let row_tile = schedule.row_tile;
-        let (mut tiles, mut list) = (Vec::new(), 0);
-        for (index, s) in self.sequences.iter().enumerate() {
-            let rows = check_rows(op, spec, s)?;
-            let num_pages = (s.kv_len as usize).div_ceil(self.page_size);
-            let own = &table[s.page_start as usize..][..num_pages];
-            for head in 0..heads {
-                for (tile, row_start) in (0..rows).step_by(lists.q_tile * spec.group()).enumerate() {
-                    let range = lists.indptr[list] as usize..lists.indptr[list + 1] as usize;
-                    let logical = &lists.pages[range.clone()];
-                    check_list(op, logical, num_pages, (index, head, tile))?;
-                    self.pages.extend(logical.iter().map(|&page| own[page as usize]));
-                    let mut tokens = logical.len() * self.page_size;
-                    if logical.last().is_some_and(|&page| page as usize + 1 == num_pages) {
-                        tokens -= num_pages * self.page_size - s.kv_len as usize;
-                    }
-                    let row_end = (row_start + lists.q_tile * spec.group()).min(rows);
-                    let kv_heads = if lists.per_head { head..head + 1 } else { 0..spec.num_kv_heads };
-                    for (kv_head, start) in
-                        kv_heads.flat_map(|h| (row_start..row_end).step_by(row_tile).map(move |r| (h, r)))
-                    {
-                        let end = (start + row_tile).min(row_end);
-                        let mut tile = work_item(index, kv_head, start, end, range.start as u64);
-                        tile.kv_end = token_count(op, tokens)?;
-                        tiles.push(tile);
-                    }
-                    list += 1;
-                }
-            }
-        }
-        Ok(tiles)
-    }
-
     fn schedule(
         &mut self,
         op: &'static str,
@@ -500,22 +345,6 @@ fn check_rows(op: &'static str, spec: &AttentionSpec, s: &Sequence) -> Result<us
         return Err(Error::value(op, "q_len, kv_len", "below 2^31 tokens and 2^32 packed rows", rows));
     }
     Ok(rows)
-}
-
-fn check_list(op: &'static str, list: &[u32], num_pages: usize, whose: (usize, usize, usize)) -> Result<()> {
-    let (sequence, head, tile) = whose;
-    if let Some(at) = list.windows(2).position(|w| w[0] >= w[1]) {
-        let got =
-            format!("{} then {} (sequence {sequence}, head {head}, tile {tile})", list[at], list[at + 1]);
-        return Err(Error::value(op, "page_lists.pages", "ascending pages in each list", got));
-    }
-    match list.last() {
-        Some(&page) if page as usize >= num_pages => {
-            let what = format!("page_lists.pages of sequence {sequence}, head {head}, tile {tile}");
-            Err(Error::Index { op, what, index: page as i64, limit: num_pages as u64 })
-        }
-        _ => Ok(()),
-    }
 }
 
 /// An item without KV yet.
