@@ -136,18 +136,22 @@ fn expect_dtype(op: &'static str, what: &'static str, view: &View<'_>, expected:
 }
 
 impl<'a> Kv<'a> {
-    pub(crate) fn views(&self) -> Vec<(&'static str, View<'a>)> {
-        match *self {
-            Kv::Ragged { k, v } | Kv::Paged { k, v } => vec![("k", k), ("v", v)],
-            Kv::Int4(p) => vec![
-                ("k_codes", p.k_codes),
-                ("k_params", p.k_params),
-                ("v_codes", p.v_codes),
-                ("v_params", p.v_params),
-                ("k_tail", p.k_tail),
-                ("v_tail", p.v_tail),
+    /// The parts, with their names.
+    pub(crate) fn views(&self) -> impl Iterator<Item = (&'static str, View<'a>)> {
+        let parts = match *self {
+            Kv::Ragged { k, v } | Kv::Paged { k, v } => {
+                [Some(("k", k)), Some(("v", v)), None, None, None, None]
+            }
+            Kv::Int4(p) => [
+                Some(("k_codes", p.k_codes)),
+                Some(("k_params", p.k_params)),
+                Some(("v_codes", p.v_codes)),
+                Some(("v_params", p.v_params)),
+                Some(("k_tail", p.k_tail)),
+                Some(("v_tail", p.v_tail)),
             ],
-        }
+        };
+        parts.into_iter().flatten()
     }
 
     /// Checks shapes and types against the heads; ragged KV counts as one page of `total_kv` tokens.

@@ -42,7 +42,7 @@ pub fn cuda() -> Option<Device> {
 }
 
 /// Seeds of the simulated GPUs.
-pub const SIM_SEEDS: [u64; 2] = [1, 2];
+pub const SIM_SEEDS: [u64; 3] = [1, 2, 3];
 
 /// Whether the device's attention takes 16-bit types only.
 pub fn is_gpu(device: &Device) -> bool {

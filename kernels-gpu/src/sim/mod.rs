@@ -6,6 +6,9 @@
 //! or of a copy still in flight, an access out of bounds or misaligned is a [`Fault`] that names kernel, CTA,
 //! lane and source line. CTAs run one after another in an order drawn from the seed, and so do warps inside;
 //! accesses of two CTAs to the same global bytes are a fault all the same, for on a GPU they have no order.
+//!
+//! What it does not see: a write to global memory that another lane has read before without a barrier between (of
+//! shared memory it does), and CTAs that wait for each other, which here would wait for ever: a deadlock.
 
 mod cta;
 mod global;
