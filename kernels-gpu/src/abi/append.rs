@@ -40,7 +40,7 @@ pub struct AppendParams {
     pub rope: RopeParams,
     /// Tokens per page.
     pub page_size: u32,
-    /// An [`element`].
+    /// An [`element`](super::element).
     pub kv_dtype: u32,
     /// Query heads, 0 without queries.
     pub num_q_heads: u32,
@@ -72,7 +72,7 @@ pub struct SummaryParams {
     pub summaries: PageRows,
     /// [`TouchedPage`]s.
     pub touched: u64,
-    /// An [`element`], of the keys.
+    /// An [`element`](super::element), of the keys.
     pub kv_dtype: u32,
     /// Channels.
     pub head_dim: u32,

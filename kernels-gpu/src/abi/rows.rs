@@ -76,7 +76,7 @@ pub struct Rows {
     pub outer: u64,
     /// Bytes from inner index to inner index.
     pub inner: u64,
-    /// An [`element`].
+    /// An [`element`](super::element).
     pub dtype: u32,
     /// Inner indices.
     pub num_inner: u32,

@@ -64,7 +64,7 @@ pub(super) unsafe fn append(p: &AppendParams) {
         return;
     }
     if head < p.num_q_heads {
-        let row = p.q.at(token * p.num_q_heads + head);
+        let row = p.q.at(token, head);
         let rotary_dim = p.rope.rotary_dim;
         // SAFETY: the host has checked the rows; a row is one warp's, a pair one lane's.
         let get = |i| unsafe { load(row, p.q.dtype, i) };
@@ -81,7 +81,7 @@ pub(super) unsafe fn append(p: &AppendParams) {
     let (page, offset) = (page as u32, offset as u32);
     let head = head - p.num_q_heads;
     let write = |rows: &Rows, pages: &PageRows, head: u32, rope: &RopeParams| {
-        let (from, to) = (rows.at(token * p.num_kv_heads + head), pages.at(page, head, offset));
+        let (from, to) = (rows.at(token, head), pages.at(page, head, offset));
         // SAFETY: the host has checked rows and slots; no slot comes twice.
         let get = |i| unsafe { load(from, rows.dtype, i) };
         // SAFETY: as above.

@@ -90,7 +90,7 @@ pub(super) unsafe fn append_tail(p: &Int4AppendParams) {
     // SAFETY: `num_tail_tokens` of them.
     let t: Int4TailToken =
         unsafe { read_struct(p.tail_tokens + size_of::<Int4TailToken>() as u64 * i as u64) };
-    let (k, v) = (p.k.at(t.token * p.num_kv_heads + head), p.v.at(t.token * p.num_kv_heads + head));
+    let (k, v) = (p.k.at(t.token, head), p.v.at(t.token, head));
     let (k_to, v_to) =
         (p.pages.k_tail.at(t.tail, head, t.in_group), p.pages.v_tail.at(t.tail, head, t.in_group));
     // SAFETY: the host has checked rows and tails; a tail's token is one warp's.
@@ -134,8 +134,7 @@ pub(super) unsafe fn quantize(p: &Int4AppendParams) {
             }
         } else {
             let in_batch = group.last_token + 1 + token - GROUP;
-            let row = in_batch * p.num_kv_heads + head;
-            let (k, v) = (p.k.at(row), p.v.at(row));
+            let (k, v) = (p.k.at(in_batch, head), p.v.at(in_batch, head));
             // SAFETY: the host has checked the rows.
             let from = |i| unsafe { load(k, p.k.dtype, i) };
             p.rope.rotated(in_batch, p.head_dim, from, |i, x| put(value_at(0, token, i), as_tail(x)));

@@ -20,7 +20,7 @@ impl super::Config for Config {
 #[inline(always)]
 pub(super) unsafe fn rms_norm(p: &RmsNormParams) {
     let row = isa::block_x();
-    let (x, residual, out) = (p.x.at(row), p.residual.at(row), p.out.at(row));
+    let (x, residual, out) = (p.x.flat(row), p.residual.flat(row), p.out.flat(row));
     let sum_at = |i: u32| {
         // SAFETY: the host has checked the rows.
         let x = unsafe { load(x, p.x.dtype, i) };
@@ -56,7 +56,7 @@ pub(super) unsafe fn rms_norm(p: &RmsNormParams) {
 
 #[inline(always)]
 pub(super) unsafe fn silu_mul(p: &SiluMulParams) {
-    let (gate_up, out) = (p.gate_up.at(isa::block_x()), p.out.at(isa::block_x()));
+    let (gate_up, out) = (p.gate_up.flat(isa::block_x()), p.out.flat(isa::block_x()));
     let mut i = isa::thread_x();
     while i < p.dim {
         // SAFETY: the host has checked the rows.
@@ -73,7 +73,7 @@ pub(super) unsafe fn silu_mul(p: &SiluMulParams) {
 pub(super) unsafe fn embedding(p: &EmbeddingParams) {
     // SAFETY: one id per CTA.
     let [id] = unsafe { isa::ld_global_1(p.ids + p.id_stride * isa::block_x() as u64) };
-    let (from, to) = (p.table.at(id), p.out.at(isa::block_x()));
+    let (from, to) = (p.table.at(id, 0), p.out.at(isa::block_x(), 0));
     let mut i = isa::thread_x();
     while i < p.dim {
         // SAFETY: the host has checked table and output, and an id past the table is not followed.

@@ -26,7 +26,7 @@ pub(super) unsafe fn body(p: &MergeStatesParams) {
     }
     let lse = |state: usize| match (state as u32) < p.num_states {
         // SAFETY: the host has checked that every state has the row.
-        true => unsafe { load(p.lse[state].at(row), element::F32, 0) },
+        true => unsafe { load(p.lse[state].flat(row), element::F32, 0) },
         false => f32::NEG_INFINITY,
     };
     let mut max = f32::NEG_INFINITY;
@@ -51,16 +51,16 @@ pub(super) unsafe fn body(p: &MergeStatesParams) {
             let weight = weight(state);
             if weight != 0.0 {
                 // SAFETY: as above.
-                sum = isa::fma(weight, unsafe { load(p.o[state].at(row), p.o[state].dtype, i) }, sum);
+                sum = isa::fma(weight, unsafe { load(p.o[state].flat(row), p.o[state].dtype, i) }, sum);
             }
         }
         // SAFETY: as above; a row is one warp's.
-        unsafe { store(p.out.at(row), p.out.dtype, i, sum * factor) };
+        unsafe { store(p.out.flat(row), p.out.dtype, i, sum * factor) };
         i += 32;
     }
     if isa::thread_x().is_multiple_of(32) {
         let merged = if total == 0.0 { f32::NEG_INFINITY } else { max + isa::lg2(total) * LN_2 };
         // SAFETY: as above.
-        unsafe { store(p.out_lse.at(row), element::F32, 0, merged) };
+        unsafe { store(p.out_lse.flat(row), element::F32, 0, merged) };
     }
 }

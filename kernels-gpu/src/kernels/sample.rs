@@ -37,7 +37,7 @@ pub(super) unsafe fn body(p: &SampleParams) {
     let row = isa::block_x();
     // SAFETY: one per row.
     let how: SampleRow = unsafe { read_struct(p.rows + size_of::<SampleRow>() as u64 * row as u64) };
-    let logits = p.logits.at(row);
+    let logits = p.logits.at(row, 0);
     let (n, thread, shared) = (p.vocab, isa::thread_x(), isa::shared_base());
     // SAFETY: the host has checked the logits.
     let logit = |i: u32| unsafe { load(logits, p.logits.dtype, i) };

@@ -42,8 +42,7 @@ pub(super) unsafe fn score(p: &SelectParams) {
     let (min, max) = (p.summaries.at(page, item.kv_head, 0), p.summaries.at(page, item.kv_head, 1));
     let mut best = f32::NEG_INFINITY;
     for g in 0..p.group {
-        let heads = p.q.num_inner;
-        let q = p.q.at(item.q_token * heads + item.kv_head * p.group + g);
+        let q = p.q.at(item.q_token, item.kv_head * p.group + g);
         let mut sum = 0.0;
         let mut d = isa::thread_x() % 32;
         while d < p.head_dim {

@@ -38,11 +38,17 @@ pub(crate) unsafe fn store(row: u64, dtype: u32, i: u32, x: f32) {
 }
 
 impl Rows {
+    /// Address of a row.
+    #[inline(always)]
+    pub(crate) fn at(&self, outer: u32, inner: u32) -> u64 {
+        self.base + outer as u64 * self.outer + inner as u64 * self.inner
+    }
+
     /// Address of row `i`, counted over both indices.
     #[inline(always)]
-    pub(crate) fn at(&self, i: u32) -> u64 {
+    pub(crate) fn flat(&self, i: u32) -> u64 {
         let (outer, inner) = if self.num_inner == 1 { (i, 0) } else { isa::div_rem(i, self.num_inner) };
-        self.base + outer as u64 * self.outer + inner as u64 * self.inner
+        self.at(outer, inner)
     }
 }
 
