@@ -227,10 +227,12 @@ fn atomics_and_widths() {
     let words = draw(&mut rng, |rng, _| rng.bits() as u32);
     let sum = words.iter().fold(0u32, |s, w| s.wrapping_add(w[0]));
     let wide = words.iter().fold(0u64, |s, w| s.wrapping_add(w[1] as u64 | (w[2] as u64) << 32));
-    check(op::MEMORY, &words, 12, |w, lane| {
-        let w = &w[lane];
-        let halves = w[3];
-        vec![sum, wide as u32, (wide >> 32) as u32, halves, w[3] >> 16, 0, w[2], w[3], w[4], w[5], w[6], w[7]]
+    check(op::MEMORY, &words, 15, |w, lane| {
+        let (w, next) = (&w[lane], &w[(lane + 1) % 32]);
+        let sums = [sum, wide as u32, (wide >> 32) as u32];
+        let halves = [w[3], w[3] >> 16, 0];
+        let rest = [w[2], w[3], w[4], w[5], w[6], w[7], next[8], next[10], 1 << 16];
+        [&sums[..], &halves, &rest].concat()
     });
     for device in devices() {
         let result: Option<_> = device.conformance(op::MEMORY, words.as_flattened());

@@ -123,6 +123,14 @@ pub(super) unsafe fn body(p: &ConformanceParams) {
                 put(4, isa::ld_global_u16(input + 14));
                 isa::st_global_2(output + 24, isa::ld_global_2(input + 8));
                 isa::st_global_4(output + 32, isa::ld_global_4(input + 16));
+                let mine = base + 64 + 16 * lane;
+                isa::st_shared_1(mine, [word(8)]);
+                isa::st_shared_2(mine + 8, [word(9), word(10)]);
+                isa::warp_sync();
+                let next = base + 64 + 16 * ((lane + 1) % 32);
+                put(12, isa::ld_shared_1(next)[0]);
+                put(13, isa::ld_shared_1(next + 12)[0]);
+                put(14, isa::grid_x() << 16 | isa::block_x() << 8 | isa::block_y());
             }
         }
     }
