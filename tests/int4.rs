@@ -124,10 +124,23 @@ fn int4_round_trip_is_within_half_a_scale() {
     }
 }
 
+/// One query a sequence, and many; every kernel size, among them rows that it does not fill; both types of queries.
 #[test]
 fn int4_attention_reads_pages_and_tails() {
+    for (dim, half) in
+        [(64, DType::F16), (96, DType::BF16), (128, DType::F16), (192, DType::BF16), (256, DType::F16)]
+    {
+        attention_over_int4(dim, [1, 1, 1], half);
+        attention_over_int4(dim, [20, 9, 40], half);
+    }
+    attention_over_int4(40, [1, 32, 3], DType::F16);
+    attention_over_int4(72, [60, 1, 10], DType::BF16);
+}
+
+/// `half`: the type of queries on devices that take no f32.
+fn attention_over_int4(dim: usize, q_lens: [usize; 3], half: DType) {
     let mut rng = Rng(5);
-    let (heads, dim, page_size) = (2, 64, 64);
+    let (heads, page_size) = (2, 64);
     let spec = AttentionSpec::new(4, heads, dim).causal();
     // Appended in two steps, so that groups fill up across calls.
     let (first, second) = ([70usize, 31, 1], [83usize, 32, 64]);
@@ -136,7 +149,8 @@ fn int4_attention_reads_pages_and_tails() {
     let tail_slots = [2, 0, 1];
     let rows: Vec<(Vec<f32>, Vec<f32>)> =
         second.iter().map(|n| (rng.normals(n * heads * dim), rng.normals(n * heads * dim))).collect();
-    let q = rng.normals(3 * 4 * dim);
+    let total_q: usize = q_lens.iter().sum();
+    let q = rng.normals(total_q * 4 * dim);
     for device in devices() {
         let mut memory = Int4Memory::new(&device, 5, heads, page_size, dim, 3);
         for (from, to) in [([0, 0, 0], first), (first, second)] {
@@ -164,11 +178,14 @@ fn int4_attention_reads_pages_and_tails() {
         let seq_lens = second.map(|n| n as u32);
         let table =
             KvTable::Block { page_size, block_table: &block_table, max_blocks: 2, seq_lens: &seq_lens };
-        let batch = Batch { tail_slots: &tail_slots, ..Batch::new(&[0, 1, 2, 3], table) };
+        let qo_indptr = [0, q_lens[0], q_lens[0] + q_lens[1], total_q].map(|n| n as u32);
+        let batch = Batch { tail_slots: &tail_slots, ..Batch::new(&qo_indptr, table) };
         memory.fetch();
-        let dtype = if is_gpu(&device) { DType::F16 } else { DType::F32 };
+        let dtype = if is_gpu(&device) { half } else { DType::F32 };
+        // Tensor cores take f16 keys, values and weights.
+        let product = |x: f32| if is_gpu(&device) { rounded(DType::F16, x) } else { x };
         let q: Vec<f32> = q.iter().map(|&x| rounded(dtype, x)).collect();
-        let shape = [3, 4, dim];
+        let shape = [total_q, 4, dim];
         let mut out = Elements::new(dtype, &vec![f32::NAN; q.len()]).tensor(&device, &shape);
         let queries = Elements::new(dtype, &q).tensor(&device, &shape);
         AttentionPlan::new(&device, &spec, &batch, Splits::Auto)
@@ -194,25 +211,26 @@ fn int4_attention_reads_pages_and_tails() {
                 };
                 let keys: Vec<_> = (0..second[s]).map(|t| row(0, t)).collect();
                 let values: Vec<_> = (0..second[s]).map(|t| row(1, t)).collect();
-                let at = (s * 4 + head) * dim;
-                let features = Features { scale: 0.125, ..Default::default() };
-                let (exact, _) =
-                    attend::<f64>(&q[at..][..dim], 0, &keys, &values, &features, |_| true, |p| p);
-                // Tensor cores take 16-bit keys, values and weights.
-                let half = |rows: &[Vec<f32>]| -> Vec<Vec<f32>> {
-                    rows.iter().map(|r| r.iter().map(|&x| rounded(dtype, x)).collect()).collect()
+                let products = |rows: &[Vec<f32>]| -> Vec<Vec<f32>> {
+                    rows.iter().map(|r| r.iter().map(|&x| product(x)).collect()).collect()
                 };
-                let (naive, _) = attend::<f32>(
-                    &q[at..][..dim],
-                    0,
-                    &half(&keys),
-                    &half(&values),
-                    &features,
-                    |_| true,
-                    |p| rounded(dtype, p),
-                );
-                let naive: Vec<f64> = naive.iter().map(|&x| rounded(dtype, x as f32) as f64).collect();
-                compare("O", &out[at..][..dim], &exact, &naive, 2e-6).unwrap();
+                let (near_keys, near_values) = (products(&keys), products(&values));
+                let scale = 1.0 / (dim as f32).sqrt();
+                let features = Features { scale: scale as f64, causal: true, ..Default::default() };
+                for token in 0..q_lens[s] {
+                    let at = ((qo_indptr[s] as usize + token) * 4 + head) * dim;
+                    let q = &q[at..][..dim];
+                    let position = (second[s] - q_lens[s] + token) as i64;
+                    let (exact, _) = attend::<f64>(q, position, &keys, &values, &features, |_| true, |p| p);
+                    let (naive, _) =
+                        attend::<f32>(q, position, &near_keys, &near_values, &features, |_| true, product);
+                    let naive: Vec<f64> = naive.iter().map(|&x| rounded(dtype, x as f32) as f64).collect();
+                    compare("O", &out[at..][..dim], &exact, &naive, 2e-6).unwrap_or_else(|e| {
+                        panic!(
+                            "{e}\n{dim} channels, {q_lens:?} queries, sequence {s}, head {head}, {device:?}"
+                        )
+                    });
+                }
             }
         }
     }
