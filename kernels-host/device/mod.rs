@@ -84,7 +84,7 @@ impl Device {
     }
 
     /// A simulated GPU: the GPU kernels themselves, run on the host lane by lane, with every access checked.
-    /// `seed` draws the orders that a GPU leaves open. For tests: it is some 10^5 times slower than a GPU.
+    /// `seed` draws the orders that a GPU leaves open. For tests: it is slow.
     #[cfg(feature = "sim")]
     pub fn sim(seed: u64) -> Self {
         let driver = Arc::new(gpu::SimDriver::new(seed));

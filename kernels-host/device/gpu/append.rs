@@ -7,7 +7,7 @@ use ferroflash_kernels::abi::{
 
 use super::driver::{bytes, words};
 use super::params::{NO_PAGES, aligned, element, page_rows, rows};
-use super::{Blob, Gpu};
+use super::{Blob, Gpu, Offsets};
 use crate::device::{AppendCall, AppendCounts, DequantCall, Storage};
 use crate::error::Result;
 use crate::kv_cache::{Int4Pages, KvMut, int4_v_group};
@@ -29,12 +29,8 @@ struct Parts {
 
 impl Parts {
     fn new(plan: &AppendPlan, counts: &AppendCounts) -> Self {
-        let mut end = 0;
-        let mut place = |bytes: usize| {
-            let at = end;
-            end = (end + bytes).next_multiple_of(256);
-            at
-        };
+        let mut offsets = Offsets::default();
+        let mut place = |bytes| offsets.place(bytes);
         Parts {
             slots: place(8 * plan.num_tokens()),
             cos: place(4 * plan.cos.len()),

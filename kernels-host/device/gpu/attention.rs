@@ -5,10 +5,10 @@ use ferroflash_kernels::abi::{
     WorkItem,
 };
 
-use super::Gpu;
 use super::append::{check_int4, int4_rows};
 use super::driver::{Launch, bytes, words};
 use super::params::{NO_PAGES, aligned, page_rows, ragged_rows, same_half, token_rows};
+use super::{Gpu, Offsets};
 use crate::device::{AttentionCall, Storage};
 use crate::error::Result;
 use crate::kv_cache::{Kv, int4_v_group};
@@ -24,47 +24,25 @@ const HEAD_DIMS: [usize; 5] = [64, 96, 128, 192, 256];
 
 type Family = [[&'static str; 5]; 2];
 
-const PREFILL: Family = [
-    ["prefill_f16_d64", "prefill_f16_d96", "prefill_f16_d128", "prefill_f16_d192", "prefill_f16_d256"],
-    ["prefill_bf16_d64", "prefill_bf16_d96", "prefill_bf16_d128", "prefill_bf16_d192", "prefill_bf16_d256"],
-];
-const DECODE: Family = [
-    ["decode_f16_d64", "decode_f16_d96", "decode_f16_d128", "decode_f16_d192", "decode_f16_d256"],
-    ["decode_bf16_d64", "decode_bf16_d96", "decode_bf16_d128", "decode_bf16_d192", "decode_bf16_d256"],
-];
+macro_rules! family {
+    ($name:literal) => {
+        [family!($name, "_f16"), family!($name, "_bf16")]
+    };
+    ($name:literal, $dtype:literal) => {
+        [
+            concat!($name, $dtype, "_d64"),
+            concat!($name, $dtype, "_d96"),
+            concat!($name, $dtype, "_d128"),
+            concat!($name, $dtype, "_d192"),
+            concat!($name, $dtype, "_d256"),
+        ]
+    };
+}
 
-const PREFILL_INT4: Family = [
-    [
-        "prefill_int4_f16_d64",
-        "prefill_int4_f16_d96",
-        "prefill_int4_f16_d128",
-        "prefill_int4_f16_d192",
-        "prefill_int4_f16_d256",
-    ],
-    [
-        "prefill_int4_bf16_d64",
-        "prefill_int4_bf16_d96",
-        "prefill_int4_bf16_d128",
-        "prefill_int4_bf16_d192",
-        "prefill_int4_bf16_d256",
-    ],
-];
-const DECODE_INT4: Family = [
-    [
-        "decode_int4_f16_d64",
-        "decode_int4_f16_d96",
-        "decode_int4_f16_d128",
-        "decode_int4_f16_d192",
-        "decode_int4_f16_d256",
-    ],
-    [
-        "decode_int4_bf16_d64",
-        "decode_int4_bf16_d96",
-        "decode_int4_bf16_d128",
-        "decode_int4_bf16_d192",
-        "decode_int4_bf16_d256",
-    ],
-];
+const PREFILL: Family = family!("prefill");
+const DECODE: Family = family!("decode");
+const PREFILL_INT4: Family = family!("prefill_int4");
+const DECODE_INT4: Family = family!("decode_int4");
 
 fn entry(family: &'static Family, dtype: DType, head_dim: usize) -> &'static str {
     let size = HEAD_DIMS.iter().position(|&d| head_dim <= d).unwrap_or(HEAD_DIMS.len() - 1);
@@ -88,12 +66,8 @@ pub(super) struct Workspace {
 
 impl Workspace {
     pub(super) fn new(spec: &AttentionSpec, plan: &Plan) -> Self {
-        let mut end = 0;
-        let mut place = |bytes: usize| {
-            let at = end;
-            end = (end + bytes).next_multiple_of(256);
-            at
-        };
+        let mut offsets = Offsets::default();
+        let mut place = |bytes| offsets.place(bytes);
         let floats = |x: &Option<Vec<f32>>| 4 * x.as_ref().map_or(0, Vec::len);
         let mut w = Workspace {
             items: place(size_of::<WorkItem>() * plan.items.len()),
@@ -107,7 +81,7 @@ impl Workspace {
             partials: place(0),
             bytes: 0,
         };
-        w.bytes = end + 4 * plan.partial_rows * ferroflash_kernels::abi::partial_stride(spec.head_dim);
+        w.bytes = w.partials + 4 * plan.partial_rows * ferroflash_kernels::abi::partial_stride(spec.head_dim);
         w
     }
 

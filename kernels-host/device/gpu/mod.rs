@@ -169,17 +169,31 @@ impl Gpu {
     }
 }
 
-/// Parts of a plan, one after the other, each at a multiple of 256 bytes.
+/// Where the parts of a plan begin: one after the other, each at a multiple of 256 bytes.
+#[derive(Default)]
+struct Offsets {
+    end: usize,
+}
+
+impl Offsets {
+    fn place(&mut self, bytes: usize) -> usize {
+        let at = self.end;
+        self.end = (at + bytes).next_multiple_of(256);
+        at
+    }
+}
+
+/// Parts of a plan where [`Offsets`] places them.
 #[derive(Default)]
 struct Blob {
     data: Vec<u8>,
+    offsets: Offsets,
 }
 
 impl Blob {
-    fn put(&mut self, bytes: &[u8]) -> usize {
-        let at = self.data.len();
+    fn put(&mut self, bytes: &[u8]) {
+        self.offsets.place(bytes.len());
         self.data.extend_from_slice(bytes);
-        self.data.resize(self.data.len().next_multiple_of(256), 0);
-        at
+        self.data.resize(self.offsets.end, 0);
     }
 }

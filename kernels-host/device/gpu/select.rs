@@ -5,7 +5,7 @@ use ferroflash_kernels::abi::{SelectItem, SelectParams};
 use super::attention::Workspace;
 use super::driver::{bytes, words};
 use super::params::{page_rows, rows};
-use super::{Blob, Gpu};
+use super::{Blob, Gpu, Offsets};
 use crate::device::{SelectCall, SelectPlan, Storage};
 use crate::error::Result;
 use crate::plan::Plan;
@@ -23,9 +23,9 @@ struct SelectBlob {
 
 impl SelectBlob {
     fn new(items: usize, pages: usize, heads: usize) -> Self {
-        let align = |n: usize| n.next_multiple_of(256);
-        let pages_at = align(size_of::<SelectItem>() * items);
-        let scores = pages_at + align(4 * pages);
+        let mut offsets = Offsets::default();
+        offsets.place(size_of::<SelectItem>() * items);
+        let (pages_at, scores) = (offsets.place(4 * pages), offsets.place(0));
         SelectBlob { pages: pages_at, scores, bytes: scores + 4 * pages * heads }
     }
 }
