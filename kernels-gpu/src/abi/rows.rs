@@ -1,5 +1,8 @@
 //! Where rows are.
 
+/// Rows that a CTA takes where a warp takes a row.
+pub const ROWS_PER_CTA: usize = 4;
+
 /// Division by a number known to the host, as a multiplication (Granlund and Montgomery, PLDI 1994).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

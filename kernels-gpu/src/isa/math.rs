@@ -84,12 +84,6 @@ pub fn max_nan(a: f32, b: f32) -> f32 {
     if a.is_nan() || b.is_nan() { f32::NAN } else { a.max(b) }
 }
 
-/// `mul.hi.u32`: the upper half of the product.
-#[inline(always)]
-pub fn mul_hi(a: u32, b: u32) -> u32 {
-    ((a as u64 * b as u64) >> 32) as u32
-}
-
 /// `div.u32` and `rem.u32`; 0 and `a` for a divisor of 0, for a panic is not to be had.
 #[inline(always)]
 pub fn div_rem(a: u32, b: u32) -> (u32, u32) {

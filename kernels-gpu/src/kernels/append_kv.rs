@@ -3,18 +3,8 @@
 use crate::abi::{AppendParams, PageRows, RopeParams, Rows, SKIP_SLOT, SummaryParams, TouchedPage, element};
 use crate::attn::rows::read_struct;
 use crate::isa;
+use crate::kernels::WARPS;
 use crate::tile::elements::{load, store};
-
-const WARPS: u32 = 4;
-
-/// A warp a head: rows are 128 to 512 bytes.
-pub(super) struct Config;
-
-impl super::Config for Config {
-    const THREADS: u32 = 32 * WARPS;
-    const MIN_CTAS: u32 = 1;
-    const SHARED_BYTES: u32 = 0;
-}
 
 impl RopeParams {
     /// The two channels of rotated pair `i`.

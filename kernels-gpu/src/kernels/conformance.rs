@@ -74,7 +74,6 @@ pub(super) unsafe fn body(p: &ConformanceParams) {
             put(5, (quotient >> 32) as u32);
             put(6, rest as u32);
             put(7, (rest >> 32) as u32);
-            put(8, isa::mul_hi(word(3), word(4)));
         }
         op::APPROXIMATE => {
             put(0, isa::ex2(float(0)).to_bits());

@@ -4,9 +4,9 @@
 use crate::abi::{INT4_GROUP, Int4AppendParams, Int4DequantParams, Int4Group, Int4TailToken, element};
 use crate::attn::rows::read_struct;
 use crate::isa;
+use crate::kernels::WARPS;
 use crate::tile::elements::{load, store};
 
-const WARPS: u32 = 4;
 const THREADS: u32 = 32 * WARPS;
 const GROUP: u32 = INT4_GROUP as u32;
 const MAX_DIM: u32 = 256;
@@ -29,15 +29,6 @@ impl super::Config for QuantizeConfig {
     const THREADS: u32 = THREADS;
     const MIN_CTAS: u32 = 1;
     const SHARED_BYTES: u32 = Plan::BYTES;
-}
-
-/// A warp a row.
-pub(super) struct RowConfig;
-
-impl super::Config for RowConfig {
-    const THREADS: u32 = THREADS;
-    const MIN_CTAS: u32 = 1;
-    const SHARED_BYTES: u32 = 0;
 }
 
 /// The value as a tail holds it: f16, clamped to its range.

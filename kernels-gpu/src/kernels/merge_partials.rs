@@ -6,18 +6,8 @@ use crate::attn::output::sink_logit;
 use crate::attn::rows::{read_struct, token_head};
 use crate::attn::softmax;
 use crate::isa;
+use crate::kernels::WARPS;
 use crate::tile::Half;
-
-const WARPS: u32 = 4;
-
-/// Four rows a CTA: enough CTAs for a decode batch, few enough threads that all are resident.
-pub(super) struct Config;
-
-impl super::Config for Config {
-    const THREADS: u32 = 32 * WARPS;
-    const MIN_CTAS: u32 = 1;
-    const SHARED_BYTES: u32 = 0;
-}
 
 /// The kernel. `ctaid.x`: item; `ctaid.y`: four of its rows.
 #[inline(always)]

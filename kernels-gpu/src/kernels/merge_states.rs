@@ -5,18 +5,8 @@ use core::f32::consts::{LN_2, LOG2_E};
 
 use crate::abi::{MERGE_STATES, MergeStatesParams, element};
 use crate::isa;
+use crate::kernels::WARPS;
 use crate::tile::elements::{load, store};
-
-const WARPS: u32 = 4;
-
-/// Four rows a CTA.
-pub(super) struct Config;
-
-impl super::Config for Config {
-    const THREADS: u32 = 32 * WARPS;
-    const MIN_CTAS: u32 = 1;
-    const SHARED_BYTES: u32 = 0;
-}
 
 #[inline(always)]
 pub(super) unsafe fn body(p: &MergeStatesParams) {

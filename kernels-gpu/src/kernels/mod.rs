@@ -25,6 +25,17 @@ pub trait Config {
     const SHARED_BYTES: u32;
 }
 
+const WARPS: u32 = ROWS_PER_CTA as u32;
+
+/// A warp a row, of 128 bytes to a few KiB: enough CTAs for small batches, few enough lanes that all are resident.
+struct WarpPerRow;
+
+impl Config for WarpPerRow {
+    const THREADS: u32 = 32 * WARPS;
+    const MIN_CTAS: u32 = 1;
+    const SHARED_BYTES: u32 = 0;
+}
+
 /// The one table of entries. From a line come the device symbol, the simulator's function, and the launch
 /// bounds, which are inserted where the PTX is written out.
 macro_rules! entries {
@@ -132,15 +143,15 @@ entries! {
     "decode_int4_d192" decode_int4_bf16_d192(AttentionInt4Params) = decode::body::<BF16, F16, Int4Ring<'_, 24, 128, 4>, 24, 6>, decode::Config<Int4Ring<'static, 24, 128, 4>, 24>;
     "decode_int4_d256" decode_int4_f16_d256(AttentionInt4Params) = decode::body::<F16, F16, Int4Ring<'_, 32, 128, 4>, 32, 8>, decode::Config<Int4Ring<'static, 32, 128, 4>, 32>;
     "decode_int4_d256" decode_int4_bf16_d256(AttentionInt4Params) = decode::body::<BF16, F16, Int4Ring<'_, 32, 128, 4>, 32, 8>, decode::Config<Int4Ring<'static, 32, 128, 4>, 32>;
-    "merge" merge_partials_f16(MergePartialsParams) = merge_partials::body::<F16>, merge_partials::Config;
-    "merge" merge_partials_bf16(MergePartialsParams) = merge_partials::body::<BF16>, merge_partials::Config;
-    "merge" merge_states(MergeStatesParams) = merge_states::body, merge_states::Config;
-    "append_kv" append_kv(AppendParams) = append_kv::append, append_kv::Config;
-    "append_kv" page_summaries(SummaryParams) = append_kv::summaries, append_kv::Config;
-    "int4" append_tail_int4(Int4AppendParams) = int4::append_tail, int4::RowConfig;
+    "merge" merge_partials_f16(MergePartialsParams) = merge_partials::body::<F16>, WarpPerRow;
+    "merge" merge_partials_bf16(MergePartialsParams) = merge_partials::body::<BF16>, WarpPerRow;
+    "merge" merge_states(MergeStatesParams) = merge_states::body, WarpPerRow;
+    "append_kv" append_kv(AppendParams) = append_kv::append, WarpPerRow;
+    "append_kv" page_summaries(SummaryParams) = append_kv::summaries, WarpPerRow;
+    "int4" append_tail_int4(Int4AppendParams) = int4::append_tail, WarpPerRow;
     "int4" quantize_int4(Int4AppendParams) = int4::quantize, int4::QuantizeConfig;
-    "int4" dequantize_int4(Int4DequantParams) = int4::dequantize, int4::RowConfig;
-    "select_pages" score_pages(SelectParams) = select_pages::score, select_pages::ScoreConfig;
+    "int4" dequantize_int4(Int4DequantParams) = int4::dequantize, WarpPerRow;
+    "select_pages" score_pages(SelectParams) = select_pages::score, WarpPerRow;
     "select_pages" top_k_pages(SelectParams) = select_pages::top_k, select_pages::TopKConfig;
     "layer" rms_norm(RmsNormParams) = layer::rms_norm, layer::Config;
     "layer" silu_mul(SiluMulParams) = layer::silu_mul, layer::Config;

@@ -85,7 +85,7 @@ pub(super) unsafe fn body<
             let lane = isa::opaque(lane);
             let mut s: [Scores; M] = [[[0.0; 4]; 8]; M];
             // Loops of few steps, kept so: unrolled whole, the assembler loads fragments ahead until it is out of
-            // registers. Channels past head_dim are zeros and left out by pairs of steps.
+            // registers. Channels past head_dim are zeros and left out.
             let mut chunk = 0;
             while chunk < p.head_dim / 8 {
                 // Two steps at once where there are registers to load ahead.

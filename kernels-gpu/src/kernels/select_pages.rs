@@ -4,19 +4,9 @@
 use crate::abi::{SelectItem, SelectParams, element};
 use crate::attn::rows::read_struct;
 use crate::isa;
+use crate::kernels::WARPS;
 use crate::sched::radix;
 use crate::tile::elements::{load, warp_sum};
-
-const WARPS: u32 = 4;
-
-/// A warp a page: its summary is two rows of 256 bytes to 1 KiB.
-pub(super) struct ScoreConfig;
-
-impl super::Config for ScoreConfig {
-    const THREADS: u32 = 32 * WARPS;
-    const MIN_CTAS: u32 = 1;
-    const SHARED_BYTES: u32 = 0;
-}
 
 /// A CTA a list, for it counts and scans in shared memory.
 pub(super) struct TopKConfig;

@@ -127,7 +127,7 @@ impl<'a, const CHUNKS: u32, const THREADS: u32, const TILES: u32> Source<'a, CHU
     fn take(&mut self, is_v: bool, at: u32) -> SharedTile<CHUNKS> {
         wait_for_next::<TILES>();
         isa::bar_sync();
-        // Tiles are numbered K 0, V 0, K 1...: `TILES - 1` after this one comes
+        // In the order K 0, V 0, K 1..., the tile `TILES - 1` after this one is the next to set out.
         let ahead = is_v as u32 + TILES - 1;
         self.put(ahead % 2 == 1, at + ahead / 2 * KV_BLOCK as u32);
         let tile = self.tile(self.take);

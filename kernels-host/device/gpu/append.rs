@@ -2,7 +2,7 @@
 
 use ferroflash_kernels::abi::{
     AppendParams, INT4_GROUP, Int4AppendParams, Int4DequantParams, Int4Group, Int4Rows, Int4TailToken,
-    RopeParams, Rows, SKIP_SLOT, SummaryParams, TouchedPage,
+    ROWS_PER_CTA, RopeParams, Rows, SKIP_SLOT, SummaryParams, TouchedPage,
 };
 
 use super::driver::{bytes, words};
@@ -13,9 +13,6 @@ use crate::error::Result;
 use crate::kv_cache::{Int4Pages, KvMut, int4_v_group};
 use crate::op::append_kv::AppendPlan;
 use crate::spec::RopeStyle;
-
-/// Rows that a CTA takes, one a warp.
-const ROWS: usize = 4;
 
 /// Offsets of an append plan's parts in its device memory.
 struct Parts {
@@ -181,7 +178,7 @@ impl Gpu {
             reserved: 0,
         };
         let heads = num_q_heads + if k_pages.base == 0 { 0 } else { 2 * plan.num_kv_heads };
-        self.launch("append_kv", [plan.num_tokens(), heads.div_ceil(ROWS)], words(&params))?;
+        self.launch("append_kv", [plan.num_tokens(), heads.div_ceil(ROWS_PER_CTA)], words(&params))?;
         match kv {
             KvMut::Paged { summaries: Some(summaries), .. } => {
                 let params = SummaryParams {
@@ -214,7 +211,7 @@ impl Gpu {
                 // Groups first: they take old tokens from the tails that the second launch overwrites.
                 self.launch("quantize_int4", [counts.groups, plan.num_kv_heads], words(&params))?;
                 let count = counts.tail_tokens * plan.num_kv_heads;
-                self.launch("append_tail_int4", [count.div_ceil(ROWS), 1], words(&params))
+                self.launch("append_tail_int4", [count.div_ceil(ROWS_PER_CTA), 1], words(&params))
             }
         }
     }
@@ -232,6 +229,10 @@ impl Gpu {
             head_dim: head_dim as u32,
             v_group: int4_v_group(head_dim) as u32,
         };
-        self.launch("dequantize_int4", [(num_pages * page_size).div_ceil(ROWS), heads], words(&params))
+        self.launch(
+            "dequantize_int4",
+            [(num_pages * page_size).div_ceil(ROWS_PER_CTA), heads],
+            words(&params),
+        )
     }
 }

@@ -1,8 +1,8 @@
 //! Attention on a GPU: where a plan lies in device memory, and its launches.
 
 use ferroflash_kernels::abi::{
-    AttentionInt4Params, AttentionParams, DECODE_ROWS, Divisor, MergeItem, MergePartialsParams, Sequence,
-    WorkItem,
+    AttentionInt4Params, AttentionParams, DECODE_ROWS, Divisor, MergeItem, MergePartialsParams, ROWS_PER_CTA,
+    Sequence, WorkItem,
 };
 
 use super::append::{check_int4, int4_rows};
@@ -15,9 +15,6 @@ use crate::kv_cache::{Kv, int4_v_group};
 use crate::plan::Plan;
 use crate::spec::AttentionSpec;
 use crate::tensor::DType;
-
-/// Rows of a merge that a CTA takes.
-const MERGE_ROWS: u32 = 4;
 
 /// Kernels by head_dim, the smallest that holds a row.
 const HEAD_DIMS: [usize; 5] = [64, 96, 128, 192, 256];
@@ -192,7 +189,7 @@ impl Gpu {
             head_dim: spec.head_dim as u32,
         };
         let name = if dtype == DType::BF16 { "merge_partials_bf16" } else { "merge_partials_f16" };
-        self.launch(name, [plan.merges.len(), most_rows.div_ceil(MERGE_ROWS) as usize], words(&merge))
+        self.launch(name, [plan.merges.len(), (most_rows as usize).div_ceil(ROWS_PER_CTA)], words(&merge))
     }
 
     /// A launch of no CTAs is none.

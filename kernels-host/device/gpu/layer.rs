@@ -1,8 +1,8 @@
 //! Launches of what stands around attention.
 
 use ferroflash_kernels::abi::{
-    EmbeddingParams, MERGE_STATES, MergeStatesParams, RmsNormParams, Rows, SampleParams, SampleRow,
-    SiluMulParams,
+    EmbeddingParams, MERGE_STATES, MergeStatesParams, ROWS_PER_CTA, RmsNormParams, Rows, SampleParams,
+    SampleRow, SiluMulParams,
 };
 
 use super::Gpu;
@@ -12,9 +12,6 @@ use crate::device::{EmbeddingCall, Ids, IdsMut, MergeCall, RmsNormCall, SampleCa
 use crate::error::{Error, Result};
 use crate::op::sample::random_bits;
 use crate::tensor::View;
-
-/// Rows that a CTA of the merge takes.
-const MERGE_ROWS: usize = 4;
 
 impl Gpu {
     pub(super) fn run_rms_norm(&self, call: RmsNormCall<'_>) -> Result<()> {
@@ -91,7 +88,7 @@ impl Gpu {
         for (i, (o, lse)) in states.iter().enumerate() {
             (params.o[i], params.lse[i]) = (rows(o), scalars(&lse.0));
         }
-        self.launch("merge_states", [count.div_ceil(MERGE_ROWS), 1], words(&params))
+        self.launch("merge_states", [count.div_ceil(ROWS_PER_CTA), 1], words(&params))
     }
 
     pub(super) fn run_sample(&self, call: SampleCall<'_>) -> Result<()> {

@@ -1,6 +1,6 @@
 //! Page selection on a GPU: scores and lists stay in device memory, where the attention kernels find them.
 
-use ferroflash_kernels::abi::{SelectItem, SelectParams};
+use ferroflash_kernels::abi::{ROWS_PER_CTA, SelectItem, SelectParams};
 
 use super::attention::Workspace;
 use super::driver::{bytes, words};
@@ -10,9 +10,6 @@ use crate::device::{SelectCall, SelectPlan, Storage};
 use crate::error::Result;
 use crate::plan::Plan;
 use crate::spec::AttentionSpec;
-
-/// Pages that a CTA scores, one a warp.
-const PAGES: usize = 4;
 
 /// Offsets of a selection's items, pages and scores.
 struct SelectBlob {
@@ -74,7 +71,7 @@ impl Gpu {
             sinks: budget.sinks.min(u32::MAX as usize) as u32,
             recent: budget.recent.min(u32::MAX as usize) as u32,
             negate: (spec.softmax_scale < 0.0) as u32,
-            page_ctas: most.unwrap_or(0).div_ceil(PAGES) as u32,
+            page_ctas: most.unwrap_or(0).div_ceil(ROWS_PER_CTA) as u32,
         };
         self.launch("score_pages", [items * params.page_ctas as usize, 1], words(&params))?;
         self.launch("top_k_pages", [items, 1], words(&params))
