@@ -74,12 +74,11 @@ mod cuda {
 
     /// `ptx.rs`: the modules, compressed, and the entries.
     fn table(folder: &Path, manifest: &compile::Manifest, out: &Path) -> Result<(), String> {
-        let mut families: Vec<&str> = manifest.entries.iter().map(|e| e.family.as_str()).collect();
-        families.dedup();
+        let mut files: Vec<String> = manifest.entries.iter().map(compile::Entry::file_name).collect();
+        files.dedup();
         let mut code = String::from("pub(super) static MODULES: &[Module] = &[\n");
-        for family in &families {
-            let name = compile::file_name(family);
-            let text = fs::read(folder.join(&name)).map_err(|e| format!("ptx/{name}: {e}"))?;
+        for name in &files {
+            let text = fs::read(folder.join(name)).map_err(|e| format!("ptx/{name}: {e}"))?;
             let packed = miniz_oxide::deflate::compress_to_vec(&text, 9);
             let path = out.join(format!("{name}.deflate"));
             fs::write(&path, packed).map_err(|e| e.to_string())?;
@@ -90,7 +89,7 @@ mod cuda {
         }
         code += "];\n\npub(super) static ENTRIES: &[Entry] = &[\n";
         for e in &manifest.entries {
-            let module = families.iter().position(|f| *f == e.family).ok_or("families are not in runs")?;
+            let module = files.iter().position(|f| *f == e.file_name()).ok_or("files are not in runs")?;
             code += &format!(
                 "    Entry {{ name: {:?}, module: {module}, threads: {}, shared_bytes: {}, params_bytes: {} }},\n",
                 e.name, e.threads, e.shared_bytes, e.params_bytes

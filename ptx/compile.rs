@@ -8,22 +8,35 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs, io};
 
-/// Lowest GPU that the PTX runs on; the driver compiles it for any newer one.
-pub(crate) const TARGET: &str = "sm_80";
+/// Instruction sets: of Ampere, which the driver compiles for any newer GPU, and Hopper's own, for it alone.
+pub(crate) const TARGETS: [&str; 2] = ["sm_80", "sm_90a"];
 
 /// Register arrays must not stay arrays: every loop over one is unrolled.
-const RUSTFLAGS: &str = "-C target-cpu=sm_80 --emit=asm -C llvm-args=-unroll-threshold=100000";
+fn rustflags(target: &str) -> String {
+    format!(
+        "-C target-cpu={target} --cfg ferroflash_target=\"{target}\" --emit=asm -C llvm-args=-unroll-threshold=100000"
+    )
+}
 
 /// An entry, as the sources' table has it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Entry {
     pub(crate) name: String,
     /// Its PTX file is `FAMILY_TARGET.ptx`.
     pub(crate) family: String,
+    pub(crate) target: String,
     pub(crate) threads: u32,
     pub(crate) min_ctas: u32,
     pub(crate) shared_bytes: u32,
     pub(crate) params_bytes: u32,
+    /// CTAs of a cluster.
+    pub(crate) cluster: u32,
+}
+
+impl Entry {
+    pub(crate) fn file_name(&self) -> String {
+        format!("{}_{}.ptx", self.family, self.target)
+    }
 }
 
 /// What stands in `ptx/manifest.toml`.
@@ -37,13 +50,10 @@ pub(crate) struct Manifest {
 }
 
 /// Compiled kernels: the manifest and the PTX files by name.
+#[derive(Default)]
 pub(crate) struct Ptx {
     pub(crate) manifest: Manifest,
     pub(crate) files: BTreeMap<String, String>,
-}
-
-pub(crate) fn file_name(family: &str) -> String {
-    format!("{family}_{TARGET}.ptx")
 }
 
 /// FNV-1a, 64 bit, over names and contents of all sources that reach the PTX.
@@ -67,7 +77,7 @@ pub(crate) fn source_hash(kernels: &Path) -> io::Result<String> {
     let mut hash = 0xcbf2_9ce4_8422_2325u64;
     let mut feed =
         |bytes: &[u8]| bytes.iter().for_each(|b| hash = (hash ^ *b as u64).wrapping_mul(0x100_0000_01b3));
-    feed(RUSTFLAGS.as_bytes());
+    TARGETS.iter().for_each(|target| feed(rustflags(target).as_bytes()));
     for path in files {
         feed(path.strip_prefix(kernels).unwrap_or(&path).to_string_lossy().as_bytes());
         feed(&fs::read(&path)?);
@@ -117,6 +127,18 @@ impl Toolchain {
 
     /// Compiles the kernels; `scratch` keeps `core` for the next time.
     pub(crate) fn compile(&self, kernels: &Path, scratch: &Path) -> Result<Ptx, String> {
+        let source = source_hash(kernels).map_err(|e| e.to_string())?;
+        let mut ptx = Ptx::default();
+        (ptx.manifest.source, ptx.manifest.compiler) = (source, self.version.clone());
+        for target in TARGETS {
+            let text = self.text(kernels, &scratch.join(target), &rustflags(target))?;
+            ptx.add(&text, target)?;
+        }
+        Ok(ptx)
+    }
+
+    /// The compiler's PTX, whole.
+    pub(crate) fn text(&self, kernels: &Path, scratch: &Path, rustflags: &str) -> Result<String, String> {
         let output = Command::new(&self.cargo)
             .current_dir(kernels)
             .args([
@@ -130,7 +152,7 @@ impl Toolchain {
             .arg(scratch)
             .env("RUSTC", &self.rustc)
             .env("RUSTC_BOOTSTRAP", "1")
-            .env("RUSTFLAGS", RUSTFLAGS)
+            .env("RUSTFLAGS", rustflags)
             .env("CARGO_PROFILE_RELEASE_PANIC", "abort")
             .env("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "1")
             .env("CARGO_PROFILE_RELEASE_LTO", "off")
@@ -146,9 +168,7 @@ impl Toolchain {
         }
         let deps = scratch.join("nvptx64-nvidia-cuda/release/deps");
         let text = newest(&deps).and_then(fs::read_to_string);
-        let text = text.map_err(|e| format!("the compiler's output in {}: {e}", deps.display()))?;
-        let source = source_hash(kernels).map_err(|e| e.to_string())?;
-        split(&text, source, self.version.clone())
+        text.map_err(|e| format!("the compiler's output in {}: {e}", deps.display()))
     }
 }
 
@@ -165,56 +185,78 @@ fn newest(deps: &Path) -> io::Result<PathBuf> {
     found.pop().map(|f| f.1).ok_or_else(|| io::Error::other("no ferroflash_kernels-*.s"))
 }
 
-/// One text per family, with launch bounds, which Rust has no attribute for, and without comments.
-fn split(text: &str, source: String, compiler: String) -> Result<Ptx, String> {
-    let mut manifest = Manifest { source, compiler, entries: Vec::new() };
-    for line in text.lines() {
-        let Some(rest) = line.trim().strip_prefix("// entry ") else { continue };
-        let words: Vec<&str> = rest.split_whitespace().collect();
-        let [name, family, numbers @ ..] = words.as_slice() else { continue };
-        let numbers: Vec<u32> = numbers.iter().filter_map(|n| n.parse().ok()).collect();
-        let [threads, min_ctas, shared_bytes, params_bytes] = numbers[..] else {
-            return Err(format!("not an entry: {line}"));
-        };
-        let (name, family) = (name.to_string(), family.to_string());
-        manifest.entries.push(Entry { name, family, threads, min_ctas, shared_bytes, params_bytes });
-    }
-    let lines: Vec<&str> =
-        text.lines().filter(|l| !l.trim_start().starts_with("//") && !l.trim().is_empty()).collect();
-    let mut header = String::new();
-    let mut files: BTreeMap<String, String> = BTreeMap::new();
-    let mut at = 0;
-    while at < lines.len() {
-        let Some(name) = lines[at].strip_prefix(".visible .entry ").map(|l| l.trim_end_matches('(')) else {
-            if lines[at].starts_with(".extern .func") || lines[at].starts_with(".func") {
-                return Err(format!("a kernel calls a function that was not inlined: {}", lines[at]));
-            }
-            header.push_str(lines[at]);
-            header.push('\n');
-            at += 1;
-            continue;
-        };
-        let entry = manifest.entries.iter().find(|e| e.name == name);
-        let entry = entry.ok_or_else(|| format!("{name} is not in the table of entries"))?;
-        let text = files.entry(file_name(&entry.family)).or_default();
-        loop {
-            let line = lines.get(at).ok_or_else(|| format!("{name} does not end"))?;
-            if *line == "{" {
-                let Entry { threads, min_ctas, .. } = entry;
-                let _ = write!(text, ".maxntid {threads}, 1, 1\n.minnctapersm {min_ctas}\n");
-            }
-            text.push_str(line);
-            text.push('\n');
-            at += 1;
-            if *line == "}" {
-                break;
+impl Ptx {
+    /// Adds the compiler's text for a target: one per family, with launch bounds and clusters, which Rust has no
+    /// attributes for, and without comments.
+    pub(crate) fn add(&mut self, text: &str, target: &str) -> Result<(), String> {
+        let mut entries = Vec::new();
+        for line in text.lines() {
+            let Some(rest) = line.trim().strip_prefix("// entry ") else { continue };
+            let words: Vec<&str> = rest.split_whitespace().collect();
+            let [name, family, _, numbers @ ..] = words.as_slice() else { continue };
+            let numbers: Vec<u32> = numbers.iter().filter_map(|n| n.parse().ok()).collect();
+            let [threads, min_ctas, shared_bytes, params_bytes, cluster] = numbers[..] else {
+                return Err(format!("not an entry: {line}"));
+            };
+            let (name, family, target) = (name.to_string(), family.to_string(), target.to_string());
+            entries.push(Entry {
+                name,
+                family,
+                target,
+                threads,
+                min_ctas,
+                shared_bytes,
+                params_bytes,
+                cluster,
+            });
+        }
+        let lines: Vec<&str> =
+            text.lines().filter(|l| !l.trim_start().starts_with("//") && !l.trim().is_empty()).collect();
+        let mut header = String::new();
+        let mut files: BTreeMap<String, String> = BTreeMap::new();
+        let mut at = 0;
+        while at < lines.len() {
+            let Some(name) = lines[at].strip_prefix(".visible .entry ").map(|l| l.trim_end_matches('('))
+            else {
+                if lines[at].starts_with(".extern .func") || lines[at].starts_with(".func") {
+                    return Err(format!("a kernel calls a function that was not inlined: {}", lines[at]));
+                }
+                header.push_str(lines[at]);
+                header.push('\n');
+                at += 1;
+                continue;
+            };
+            let entry = entries.iter().find(|e| e.name == name);
+            let entry = entry.ok_or_else(|| format!("{name} is not in the table of entries"))?;
+            let text = files.entry(entry.file_name()).or_default();
+            loop {
+                let line = lines.get(at).ok_or_else(|| format!("{name} does not end"))?;
+                if *line == "{" {
+                    let Entry { threads, min_ctas, .. } = entry;
+                    let _ = write!(text, ".maxntid {threads}, 1, 1\n.minnctapersm {min_ctas}\n");
+                    if entry.cluster > 1 {
+                        let _ =
+                            write!(text, ".explicitcluster\n.reqnctapercluster {}, 1, 1\n", entry.cluster);
+                    }
+                }
+                // Tensor maps stand at multiples of 64, from CUDA 13 on 128, bytes.
+                let parameter = line.trim_start().starts_with(".param .align 8 .b8") && target == "sm_90a";
+                let aligned = parameter.then(|| line.replace(".align 8", ".align 128"));
+                text.push_str(aligned.as_deref().unwrap_or(line));
+                text.push('\n');
+                at += 1;
+                if *line == "}" {
+                    break;
+                }
             }
         }
+        for text in files.values_mut() {
+            text.insert_str(0, &header);
+        }
+        self.files.append(&mut files);
+        self.manifest.entries.append(&mut entries);
+        Ok(())
     }
-    for text in files.values_mut() {
-        text.insert_str(0, &header);
-    }
-    Ok(Ptx { manifest, files })
 }
 
 impl Manifest {
@@ -224,8 +266,8 @@ impl Manifest {
         for e in &self.entries {
             let _ = write!(
                 toml,
-                "\n[[entry]]\nname = \"{}\"\nfamily = \"{}\"\nthreads = {}\nmin_ctas = {}\nshared_bytes = {}\nparams_bytes = {}\n",
-                e.name, e.family, e.threads, e.min_ctas, e.shared_bytes, e.params_bytes
+                "\n[[entry]]\nname = \"{}\"\nfamily = \"{}\"\ntarget = \"{}\"\nthreads = {}\nmin_ctas = {}\nshared_bytes = {}\nparams_bytes = {}\ncluster = {}\n",
+                e.name, e.family, e.target, e.threads, e.min_ctas, e.shared_bytes, e.params_bytes, e.cluster
             );
         }
         toml
@@ -236,14 +278,7 @@ impl Manifest {
         let mut manifest = Manifest::default();
         for line in toml.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#')) {
             if line == "[[entry]]" {
-                manifest.entries.push(Entry {
-                    name: String::new(),
-                    family: String::new(),
-                    threads: 0,
-                    min_ctas: 0,
-                    shared_bytes: 0,
-                    params_bytes: 0,
-                });
+                manifest.entries.push(Entry::default());
                 continue;
             }
             let (key, value) =
@@ -255,10 +290,12 @@ impl Manifest {
                 ("compiler", None) => manifest.compiler = text,
                 ("name", Some(e)) => e.name = text,
                 ("family", Some(e)) => e.family = text,
+                ("target", Some(e)) => e.target = text,
                 ("threads", Some(e)) => e.threads = number()?,
                 ("min_ctas", Some(e)) => e.min_ctas = number()?,
                 ("shared_bytes", Some(e)) => e.shared_bytes = number()?,
                 ("params_bytes", Some(e)) => e.params_bytes = number()?,
+                ("cluster", Some(e)) => e.cluster = number()?,
                 _ => return Err(format!("not a line of a manifest: {line}")),
             }
         }

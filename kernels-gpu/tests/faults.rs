@@ -17,7 +17,7 @@ fn run_with(
 ) -> Result<Vec<u32>, Fault> {
     let memory = Memory::default();
     let at = memory.alloc(4 * words, initialised).unwrap();
-    let kernel = Kernel { name: "broken", threads: 64, shared_bytes: 4096, run };
+    let kernel = Kernel { name: "broken", threads: 64, cluster: 1, shared_bytes: 4096, run };
     launch(&memory, &Launch { kernel, grid: [grid, 1], params: &[at], seed, number: seed })?;
     let mut bytes = vec![0; 4 * words];
     memory.download(at, &mut bytes).unwrap();
@@ -311,7 +311,7 @@ fn a_kernels_panic_is_a_fault() {
 #[test]
 fn bank_conflicts_are_counted() {
     let cycles = |run: fn(*const u8)| {
-        let kernel = Kernel { name: "banks", threads: 32, shared_bytes: 1 << 14, run };
+        let kernel = Kernel { name: "banks", threads: 32, cluster: 1, shared_bytes: 1 << 14, run };
         let memory = Memory::default();
         let stats =
             launch(&memory, &Launch { kernel, grid: [1, 1], params: &[0], seed: 0, number: 0 }).unwrap();

@@ -13,7 +13,7 @@ use crate::kv_cache::{Int4Pages, Kv, KvMut};
 use crate::op::append_kv::AppendPlan;
 use crate::op::sample::SamplingParams;
 use crate::op::select_pages::PageBudget;
-use crate::plan::{Plan, Schedule};
+use crate::plan::{Batch, Plan, Schedule, Splits};
 use crate::spec::AttentionSpec;
 use crate::tensor::{NaturalLog, View, ViewMut};
 
@@ -127,12 +127,28 @@ pub(crate) struct SampleCall<'a> {
     pub(crate) ids: IdsMut<'a>,
 }
 
+/// Hopper's instructions on chosen data; for tests.
+pub struct ConformanceSm90<'a> {
+    /// The entry.
+    pub entry: &'static str,
+    /// What is asked for; addresses and maps are filled in.
+    pub params: ferroflash_kernels::abi::ConformanceSm90Params,
+    /// Tensors that the maps describe, their addresses offsets in bytes: of input, of output.
+    pub tensors: Option<[ferroflash_kernels::abi::TensorMapSpec; 2]>,
+    /// Words that the launch is given, and those that the output has before it.
+    pub input: &'a [u32],
+    /// As `input`.
+    pub output: &'a [u32],
+    /// CTAs.
+    pub grid: u32,
+}
+
 /// A device.
 pub(crate) trait Backend: Send + Sync {
     fn id(&self) -> DeviceId;
     fn description(&self) -> String;
-    /// How plans divide work.
-    fn schedule(&self, head_dim: usize) -> Schedule;
+    /// How a plan divides its work.
+    fn schedule(&self, spec: &AttentionSpec, batch: &Batch<'_>, splits: Splits) -> Schedule;
     /// Waits for all work before.
     fn synchronize(&self) -> Result<()>;
     /// Calls `f` once, on the device's threads where it has some.
@@ -167,6 +183,10 @@ pub(crate) trait Backend: Send + Sync {
     fn sample(&self, call: SampleCall<'_>) -> Result<()>;
     /// One instruction on chosen words, on devices that run the GPU kernels; for tests.
     fn run_conformance(&self, _op: u32, _input: &[u32]) -> Option<Result<(Vec<u32>, u32)>> {
+        None
+    }
+    /// As [`Backend::run_conformance`], on devices that run Hopper's kernels.
+    fn run_conformance_sm90(&self, _call: &ConformanceSm90<'_>) -> Option<Result<Vec<u32>>> {
         None
     }
 }

@@ -12,6 +12,8 @@ mod host;
 use std::fmt;
 use std::sync::Arc;
 
+#[doc(hidden)]
+pub use backend::ConformanceSm90;
 pub(crate) use backend::{
     AppendCall, AppendCounts, AttentionCall, Backend, DequantCall, EmbeddingCall, Ids, IdsMut, MergeCall,
     RmsNormCall, SampleCall, SelectCall, SelectPlan, SiluMulCall,
@@ -87,7 +89,19 @@ impl Device {
     /// `seed` draws the orders that a GPU leaves open. For tests: it is slow.
     #[cfg(feature = "sim")]
     pub fn sim(seed: u64) -> Self {
-        let driver = Arc::new(gpu::SimDriver::new(seed));
+        Device::of_sim(gpu::SimDriver::new(seed, false))
+    }
+
+    /// As [`Device::sim`], a Hopper GPU: kernels on its own instructions (TMA, `wgmma`) where there are such, the others
+    /// elsewhere.
+    #[cfg(feature = "sim")]
+    pub fn sim_hopper(seed: u64) -> Self {
+        Device::of_sim(gpu::SimDriver::new(seed, true))
+    }
+
+    #[cfg(feature = "sim")]
+    fn of_sim(driver: gpu::SimDriver) -> Self {
+        let driver = Arc::new(driver);
         Device { sim: Some(driver.clone()), ..Device::of(gpu::Gpu::new(driver)) }
     }
 
@@ -167,6 +181,12 @@ impl Device {
     #[doc(hidden)]
     pub fn conformance(&self, op: u32, input: &[u32]) -> Option<Result<(Vec<u32>, u32)>> {
         self.backend.run_conformance(op, input)
+    }
+
+    /// Hopper's instructions on chosen data; `None` elsewhere. For this crate's tests, not part of the API.
+    #[doc(hidden)]
+    pub fn conformance_sm90(&self, call: &ConformanceSm90<'_>) -> Option<Result<Vec<u32>>> {
+        self.backend.run_conformance_sm90(call)
     }
 
     /// Waits until all work enqueued so far is done.

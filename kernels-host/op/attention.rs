@@ -36,7 +36,8 @@ impl AttentionPlan {
         batch: &Batch<'_>,
         splits: Splits,
     ) -> Result<Self> {
-        let plan = Plan::new(op, spec, batch, splits, device.backend().schedule(spec.head_dim))?;
+        let schedule = device.backend().schedule(spec, batch, splits);
+        let plan = Plan::new(op, spec, batch, splits, schedule)?;
         Self::from_plan(op, device, spec, plan)
     }
 

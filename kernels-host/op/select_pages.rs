@@ -93,13 +93,9 @@ impl SparsePlan {
             kv_indices: &vec![0; total],
             last_page_len: &last_page_len,
         };
-        let mut plan = Plan::new(
-            OP,
-            spec,
-            &Batch { kv: table, ..*batch },
-            splits,
-            device.backend().schedule(spec.head_dim),
-        )?;
+        let batch = Batch { kv: table, ..*batch };
+        let schedule = device.backend().schedule(spec, &batch, splits);
+        let mut plan = Plan::new(OP, spec, &batch, splits, schedule)?;
         // From one list per sequence to one per KV head.
         plan.pages.clear();
         for (chosen, seq) in plan.sequences.iter_mut().zip(&all.sequences) {

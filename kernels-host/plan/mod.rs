@@ -19,7 +19,7 @@ const FEW_ROWS: u32 = 32;
 const MEMORY_PIECE: u32 = 2048;
 
 /// What a device wants of a plan.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Schedule {
     /// Packed query rows of one work item.
     pub(crate) row_tile: usize,
@@ -27,6 +27,11 @@ pub(crate) struct Schedule {
     pub(crate) workers: usize,
     /// Whether an item that finishes rows after several sections gets room to keep them in between.
     pub(crate) scratch: bool,
+    /// Whether items of many rows are for Hopper's kernels.
+    pub(crate) hopper: bool,
+    /// Bytes of a cache that all workers share: items of many rows are ordered so that those under way together use no
+    /// more K and V than half of it. 0: ordered by length alone.
+    pub(crate) cache_bytes: usize,
 }
 
 /// Work for one step. Made once, used by every layer.
@@ -45,6 +50,8 @@ pub struct Plan {
     /// Tokens after which an item starts a new state; 0: never.
     pub(crate) section: usize,
     pub(crate) partial_rows: usize,
+    /// As [`Schedule::hopper`].
+    pub(crate) hopper: bool,
     pub(crate) total_q: usize,
     /// Rows that ragged KV must have.
     pub(crate) total_kv: usize,
@@ -76,7 +83,8 @@ impl Plan {
             None => plan.tiles(op, spec, schedule)?,
             Some(lists) => plan.listed_tiles(op, spec, lists, batch, schedule)?,
         };
-        plan.schedule(op, tiles, splits, schedule)?;
+        plan.hopper = schedule.hopper;
+        plan.schedule(op, spec, tiles, splits, schedule)?;
         Ok(plan)
     }
 
@@ -93,6 +101,7 @@ impl Plan {
             merges: Vec::new(),
             section: 0,
             partial_rows: 0,
+            hopper: false,
             total_q: 0,
             total_kv: 0,
             num_pages: 0,
@@ -256,6 +265,7 @@ impl Plan {
     fn schedule(
         &mut self,
         op: &'static str,
+        spec: &AttentionSpec,
         mut tiles: Vec<WorkItem>,
         splits: Splits,
         schedule: Schedule,
@@ -268,13 +278,15 @@ impl Plan {
         // blocks the merge costs as much as it saves.
         let share = total / (4 * workers as u64);
         let may_split = splits != Splits::None && workers > 1;
+        // Workers that stay and take items, longest first, are busy without splitting the long ones.
+        let enough = schedule.hopper && tiles.len() >= workers - workers / 5;
         for tile in tiles {
             let tokens = tile.kv_end - tile.kv_start;
             let pieces = if !may_split {
                 1
             } else if tile.row_end - tile.row_start <= FEW_ROWS {
                 cost(&tile).div_ceil(share.max(1)).max(tokens.div_ceil(MEMORY_PIECE) as u64)
-            } else if cost(&tile) > 2 * share {
+            } else if cost(&tile) > 2 * share && !enough {
                 cost(&tile).div_ceil(share.max(1))
             } else {
                 1
@@ -305,8 +317,43 @@ impl Plan {
                 self.partial_rows,
             ));
         }
-        self.items.sort_by_key(|t| (std::cmp::Reverse(cost(t)), t.seq, t.kv_start, t.kv_head));
+        let sections = self.sections(spec, schedule.cache_bytes / 2);
+        let section = |t: &WorkItem| match sections.as_slice() {
+            [] => 0,
+            sections => sections[t.seq as usize * spec.num_kv_heads + t.kv_head as usize],
+        };
+        self.items.sort_by_key(|t| {
+            let few = t.row_end - t.row_start <= FEW_ROWS;
+            let section = if few { 0 } else { section(t) };
+            (section, std::cmp::Reverse(cost(t)), t.seq, t.kv_start, t.kv_head)
+        });
         Ok(())
+    }
+
+    /// For each sequence and KV head, the section of the work it belongs to: heads of sequences, longest first, whose K
+    /// and V are `bytes` together. Empty where all of them are no more.
+    fn sections(&self, spec: &AttentionSpec, bytes: usize) -> Vec<u32> {
+        // Kernels that order by sections take 16-bit elements.
+        let head_bytes = |s: &Sequence| 2 * 2 * s.kv_len as usize * spec.head_dim;
+        let all: usize = self.sequences.iter().map(|s| head_bytes(s) * spec.num_kv_heads).sum();
+        if bytes == 0 || all <= bytes {
+            return Vec::new();
+        }
+        let mut order: Vec<usize> = (0..self.sequences.len()).collect();
+        order.sort_by_key(|&i| std::cmp::Reverse(self.sequences[i].kv_len));
+        let mut sections = vec![0; self.sequences.len() * spec.num_kv_heads];
+        let (mut section, mut used) = (0, 0);
+        for i in order {
+            for head in 0..spec.num_kv_heads {
+                let more = head_bytes(&self.sequences[i]);
+                if used > 0 && used + more > bytes {
+                    (section, used) = (section + 1, 0);
+                }
+                used += more;
+                sections[i * spec.num_kv_heads + head] = section;
+            }
+        }
+        sections
     }
 
     /// Splits a tile into pieces of `piece` tokens, each with its own partial states; under

@@ -19,6 +19,7 @@ pub fn devices() -> Vec<Device> {
     }
     if wanted("sim") {
         devices.extend(SIM_SEEDS.map(Device::sim));
+        devices.extend(SIM_SEEDS.map(Device::sim_hopper));
     }
     #[cfg(feature = "cuda")]
     if wanted("cuda") {

@@ -6,6 +6,7 @@ mod int4;
 mod layer;
 mod rows;
 mod select;
+mod sm90;
 mod testing;
 
 pub use append::*;
@@ -14,6 +15,7 @@ pub use int4::*;
 pub use layer::*;
 pub use rows::*;
 pub use select::*;
+pub use sm90::*;
 pub use testing::*;
 
 /// Data that the device is given as bytes.

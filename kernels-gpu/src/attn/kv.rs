@@ -2,7 +2,7 @@
 
 use crate::abi::{Divisor, KV_BLOCK, PageRows, Sequence, WorkItem};
 use crate::isa;
-use crate::tile::SharedTile;
+use crate::tile::{Panels, SharedTile};
 
 /// A head's page list.
 #[derive(Clone, Copy)]
@@ -15,7 +15,13 @@ pub(crate) struct PageList {
 impl PageList {
     #[inline(always)]
     pub(crate) fn new(pages: u64, page_size: Divisor, item: &WorkItem) -> Self {
-        PageList { at: pages + 4 * item.pages, page_size }
+        Self::from_entry(pages, page_size, item.pages)
+    }
+
+    /// The list from entry `first` of `pages` on.
+    #[inline(always)]
+    pub(crate) fn from_entry(pages: u64, page_size: Divisor, first: u64) -> Self {
+        PageList { at: pages + 4 * first, page_size }
     }
 
     /// Page and offset of a token. Ragged KV is one page.
@@ -92,6 +98,47 @@ impl<'a> KvRows<'a> {
             // SAFETY: the caller's promise.
             unsafe { isa::cp_async_16(tile.at(row, chunk), from, if there { 16 } else { 0 }) };
             index += THREADS;
+        }
+    }
+
+    /// As [`KvRows::copy_block`], by a warpgroup into `N` rows: each lane finds a row for its warp.
+    ///
+    /// # Safety
+    /// As [`KvRows::copy_block`].
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) unsafe fn gather<const N: u32, const CHUNKS: u32>(
+        &self,
+        pages: &PageList,
+        tile: Panels<N, CHUNKS>,
+        (at, end): (u32, u32),
+        head_dim: u32,
+    ) {
+        let (warp, lane) = (isa::thread_x() % 128 / 32, isa::thread_x() % 32);
+        let mut first = 32 * warp;
+        while first < N {
+            let mut from = 0;
+            if first + lane < N && at + first + lane < end {
+                // SAFETY: the token is below the end.
+                let (page, offset) = unsafe { pages.locate(at + first + lane) };
+                from = self.base + page as u64 * self.rows.page + offset as u64 * self.rows.token;
+            }
+            let mut index = lane;
+            while index < isa::opaque(32 * CHUNKS) {
+                let (row, chunk) = (index / CHUNKS, index % CHUNKS);
+                let [low, high] = [from as u32, (from >> 32) as u32].map(|x| isa::shfl_idx(x, row));
+                let row_at = low as u64 | (high as u64) << 32;
+                let there = row_at != 0 && chunk * 8 < head_dim;
+                let from = if there { row_at + chunk as u64 * 16 } else { self.base };
+                if first + row < N {
+                    // SAFETY: the caller's promise.
+                    unsafe {
+                        isa::cp_async_16(tile.chunk(first + row, chunk), from, if there { 16 } else { 0 })
+                    };
+                }
+                index += 32;
+            }
+            first += 128;
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::abi::{AttentionParams, ScoreParams, Sequence, WorkItem};
 use crate::attn::kv::PageList;
-use crate::attn::rows::{LaneRows, load_item};
+use crate::attn::rows::LaneRows;
 use crate::attn::softmax::Scores;
 use crate::isa;
 
@@ -38,6 +38,9 @@ pub(crate) fn visible(score: &ScoreParams, position: i32, at: i32, end: i32) -> 
 #[inline(always)]
 #[track_caller]
 fn visible_in_list(p: &AttentionParams, item: &WorkItem, position: i32, at: u32) -> u64 {
+    if at >= item.kv_end {
+        return 0;
+    }
     let list = PageList::new(p.logical_pages, p.page_size, item);
     let end = if item.kv_end - at < 64 { item.kv_end - at } else { 64 };
     let (mut bits, mut column) = (0, 0);
@@ -71,35 +74,47 @@ pub(crate) fn tree(seq: &Sequence, at: i32, word: impl Fn(u32) -> u32) -> u64 {
     bits | first(-shift)
 }
 
-/// Sets what the lane's rows do not see of columns `at..at + 64` to `-inf`.
+/// Sets what the lane's rows do not see of the columns from `at` to `-inf`. `LISTS`: whether columns may count along a
+/// list of pages.
 #[inline(always)]
-pub(crate) fn hide(rows: &LaneRows<'_>, at: u32, s: &mut Scores) {
-    // Lanes of a warp may differ here; none of what follows is a collective.
-    if rows.see_all(at) {
-        return;
-    }
-    let p = rows.place.p;
-    let (item, seq) = load_item(p);
-    let (positions, _) = rows.positions();
-    for r in 0..2 {
-        let mut bits = if p.logical_pages == 0 {
-            visible(&p.score, positions[r], at as i32, item.kv_end as i32)
-        } else {
-            visible_in_list(p, &item, positions[r], at)
-        };
-        if seq.n_tree != 0 {
-            let token = p.group.div_rem((item.row_start + rows.row(r)).min(item.row_end - 1)).0;
-            let words = seq.n_tree.div_ceil(32);
-            let row = p.tree_mask + 4 * (seq.tree_start + token as u64 * words as u64);
-            // SAFETY: the host gives `words` words for each query token.
-            bits &= tree(&seq, at as i32, |i| unsafe { isa::ld_global_1(row + 4 * i as u64) }[0]);
+pub(crate) fn hide<const LISTS: bool, const TILES: usize>(
+    rows: &LaneRows<'_>,
+    at: u32,
+    s: &mut Scores<TILES>,
+) {
+    for first in (0..TILES).step_by(8) {
+        // Lanes of a warp may differ here; none of what follows is a collective.
+        let at = at + 8 * first as u32;
+        if rows.see_all::<LISTS>(at) {
+            continue;
         }
-        let bits = bits >> (2 * (isa::thread_x() % 4));
-        let halves = [bits as u32, (bits >> 32) as u32];
-        for j in 0..8 {
-            for i in 0..2 {
-                if halves[j / 4] >> (8 * (j % 4) + i) & 1 == 0 {
-                    s[j][2 * r + i] = f32::NEG_INFINITY;
+        let p = rows.place.p;
+        let (item, seq) = rows.place.item();
+        for r in 0..2 {
+            // Read again for each row, and not kept.
+            let position = rows.positions().0[r];
+            let mut bits = if !LISTS || p.logical_pages == 0 {
+                visible(&p.score, position, at as i32, item.kv_end as i32)
+            } else {
+                visible_in_list(p, &item, position, at)
+            };
+            if seq.n_tree != 0 {
+                let token = p.group.div_rem((item.row_start + rows.row(r)).min(item.row_end - 1)).0;
+                let words = seq.n_tree.div_ceil(32);
+                let row = p.tree_mask + 4 * (seq.tree_start + token as u64 * words as u64);
+                // SAFETY: the host gives `words` words for each query token.
+                bits &= tree(&seq, at as i32, |i| unsafe { isa::ld_global_1(row + 4 * i as u64) }[0]);
+            }
+            let bits = bits >> (2 * (isa::thread_x() % 4));
+            let halves = [bits as u32, (bits >> 32) as u32];
+            for j in 0..8 {
+                if first + j >= TILES {
+                    break;
+                }
+                for i in 0..2 {
+                    if halves[j / 4] >> (8 * (j % 4) + i) & 1 == 0 {
+                        s[first + j][2 * r + i] = f32::NEG_INFINITY;
+                    }
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! What becomes of a row's state: a finished row, a partial state, or a section added to those before it.
 
 use crate::abi::{AttentionParams, NO_PARTIAL, Sequence, WorkItem, partial_stride};
-use crate::attn::rows::{LaneRows, load_item, token_head};
+use crate::attn::rows::{LaneRows, token_head};
 use crate::attn::softmax::{self, State};
 use crate::isa;
 use crate::tile::Half;
@@ -107,6 +107,33 @@ impl Output<'_> {
         }
     }
 
+    /// What makes each of the lane's rows a finished one: where it goes (0: nowhere) and the factor of its
+    /// accumulator. Writes LSE.
+    #[inline(always)]
+    fn finished(
+        &self,
+        item: &WorkItem,
+        seq: &Sequence,
+        rows: &LaneRows<'_>,
+        state: &State,
+    ) -> [(u64, f32); 2] {
+        [0, 1].map(|r| {
+            let row = item.row_start + rows.row(r);
+            if row >= item.row_end {
+                return (0, 0.0);
+            }
+            let (token, head) = token_head(self.p.group, item.kv_head, row);
+            let token = seq.q_start + token as u64;
+            let sink = sink_logit(self.p.sink_logits, head);
+            let (factor, lse) = softmax::finish(state.m[r], state.l[r], sink);
+            if self.p.lse.base != 0 && self.leads && isa::thread_x().is_multiple_of(4) {
+                // SAFETY: each item writes rows of its own, checked by the host to be inside `lse`.
+                unsafe { isa::st_global_1(self.p.lse.at(token, head), [lse.to_bits()]) };
+            }
+            (self.p.out.at(token, head), factor)
+        })
+    }
+
     /// Normalises and writes finished rows.
     #[inline(always)]
     fn finish<T: Half, const TILES: usize>(
@@ -117,29 +144,59 @@ impl Output<'_> {
         state: &State,
         o: &Accumulator<TILES>,
     ) {
-        for r in 0..2 {
-            let row = item.row_start + rows.row(r);
-            if row >= item.row_end {
+        for (r, (at, factor)) in self.finished(item, seq, rows, state).into_iter().enumerate() {
+            if at == 0 {
                 continue;
             }
-            let (token, head) = token_head(self.p.group, item.kv_head, row);
-            let token = seq.q_start + token as u64;
-            let sink = sink_logit(self.p.sink_logits, head);
-            let (factor, lse) = softmax::finish(state.m[r], state.l[r], sink);
-            let at = self.p.out.at(token, head);
             for j in 0..TILES {
                 let channel = self.channel_of(j);
                 if channel < self.p.head_dim {
-                    // A row that saw nothing is 0 whatever its accumulator holds.
-                    let x = |i: usize| if factor == 0.0 { 0.0 } else { o[j][2 * r + i] * factor };
                     // SAFETY: each item writes rows of its own, checked by the host to be inside `out`.
-                    unsafe { isa::st_global_1(at + 2 * channel as u64, [T::pack(x(0), x(1))]) };
+                    unsafe { isa::st_global_1(at + 2 * channel as u64, [normalised::<T>(o[j], r, factor)]) };
                 }
             }
-            if self.p.lse.base != 0 && self.leads && isa::thread_x().is_multiple_of(4) {
-                // SAFETY: as above.
-                unsafe { isa::st_global_1(self.p.lse.at(token, head), [lse.to_bits()]) };
+        }
+    }
+
+    /// As [`Output::finish`], 16 bytes at a time: the four lanes that hold a row's pairs exchange them.
+    #[inline(always)]
+    #[track_caller]
+    fn finish_wide<T: Half, const TILES: usize>(
+        &self,
+        item: &WorkItem,
+        seq: &Sequence,
+        rows: &LaneRows<'_>,
+        state: &State,
+        o: &Accumulator<TILES>,
+    ) {
+        const { assert!(TILES.is_multiple_of(4)) };
+        for (r, (at, factor)) in self.finished(item, seq, rows, state).into_iter().enumerate() {
+            for j in (0..TILES).step_by(4) {
+                let pairs = [0, 1, 2, 3].map(|i| normalised::<T>(o[j + i], r, factor));
+                let eight = transpose_quad(pairs);
+                let channel = self.channel + 8 * (j as u32 + isa::thread_x() % 4);
+                if at != 0 && channel < self.p.head_dim {
+                    // SAFETY: as in `finish`; the host has checked that rows begin at 16 bytes.
+                    unsafe { isa::st_global_4(at + 2 * channel as u64, eight) };
+                }
             }
+        }
+    }
+
+    /// The end of an item that is one section: partial states, or finished rows.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn end_item<T: Half, const TILES: usize>(
+        &self,
+        rows: &LaneRows<'_>,
+        state: State,
+        o: &Accumulator<TILES>,
+    ) {
+        let (item, seq) = rows.place.item();
+        if item.partial == NO_PARTIAL {
+            self.finish_wide::<T, TILES>(&item, &seq, rows, &state, o);
+        } else {
+            self.write_partial(&item, item.partial, rows, &state, o);
         }
     }
 
@@ -154,7 +211,7 @@ impl Output<'_> {
         mut state: State,
         o: &mut Accumulator<TILES>,
     ) {
-        let (item, seq) = load_item(self.p);
+        let (item, seq) = rows.place.item();
         let mut section = 0;
         if self.p.section != 0 && end > item.kv_start {
             section = (end - 1) / self.p.section - item.kv_start / self.p.section;
@@ -174,6 +231,31 @@ impl Output<'_> {
             self.write_partial(&item, item.scratch, rows, &state, o);
         }
     }
+}
+
+/// A pair of row `r` in a lane's C fragment. A row that saw nothing is 0 whatever its accumulator holds.
+#[inline(always)]
+fn normalised<T: Half>(tile: [f32; 4], r: usize, factor: f32) -> u32 {
+    let x = |i: usize| if factor == 0.0 { 0.0 } else { tile[2 * r + i] * factor };
+    T::pack(x(0), x(1))
+}
+
+/// Lane `t` of four neighbours brings word `t` of four rows, and takes row `t`.
+#[inline(always)]
+#[track_caller]
+fn transpose_quad(x: [u32; 4]) -> [u32; 4] {
+    let lane = isa::thread_x();
+    let (odd, upper) = (lane & 1 == 1, lane & 2 == 2);
+    // Words of two lanes of rows `odd` and `2 + odd`.
+    let pairs = [0, 2].map(|i| {
+        let (kept, sent) = if odd { (x[i + 1], x[i]) } else { (x[i], x[i + 1]) };
+        let taken = isa::shfl_bfly(sent, 1);
+        if odd { [taken, kept] } else { [kept, taken] }
+    });
+    let (kept, sent) = if upper { (pairs[1], pairs[0]) } else { (pairs[0], pairs[1]) };
+    let taken = sent.map(|word| isa::shfl_bfly(word, 2));
+    let [low, high] = if upper { [taken, kept] } else { [kept, taken] };
+    [low[0], low[1], high[0], high[1]]
 }
 
 /// The learned sink of a head, where there is one.

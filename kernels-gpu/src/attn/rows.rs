@@ -6,10 +6,11 @@ use crate::abi::{AttentionParams, Divisor, KV_BLOCK, Sequence, TokenRows, WorkIt
 use crate::attn::kv::PageList;
 use crate::isa;
 
-/// Reads a plain struct.
+/// Reads a plain struct, as far as it is used.
 ///
 /// # Safety
-/// `at` holds a written `T`, a multiple of 8 bytes long, 8-byte aligned, whose bit patterns are all valid.
+/// `at` holds a written `T`, a multiple of 8 bytes long, 8-byte aligned, whose bit patterns are all valid; nobody writes
+/// it before the launch ends.
 #[inline(always)]
 #[track_caller]
 pub(crate) unsafe fn read_struct<T: Copy>(at: u64) -> T {
@@ -17,7 +18,7 @@ pub(crate) unsafe fn read_struct<T: Copy>(at: u64) -> T {
     let mut words = [0u32; 16];
     for i in 0..size_of::<T>() / 8 {
         // SAFETY: the caller's promise.
-        [words[2 * i], words[2 * i + 1]] = unsafe { isa::ld_global_2(at + 8 * i as u64) };
+        [words[2 * i], words[2 * i + 1]] = unsafe { isa::ld_constant_2(at + 8 * i as u64) };
     }
     // SAFETY: the words hold a `T`, by the caller's promise.
     unsafe { core::mem::transmute_copy(&words) }
@@ -38,23 +39,34 @@ impl TokenRows {
     }
 }
 
-/// The CTA's item and its sequence.
+/// An item and its sequence.
 #[inline(always)]
 #[track_caller]
-pub(crate) fn load_item(p: &AttentionParams) -> (WorkItem, Sequence) {
-    // SAFETY: the host gives one item per CTA, and its sequence.
+pub(crate) fn load_item(p: &AttentionParams, index: u32) -> (WorkItem, Sequence) {
+    // SAFETY: the host gives as many items as the launch works on, and their sequences.
     unsafe {
-        let item: WorkItem = read_struct(p.items + isa::block_x() as u64 * size_of::<WorkItem>() as u64);
+        let item: WorkItem = read_struct(p.items + index as u64 * size_of::<WorkItem>() as u64);
         (item, read_struct(p.sequences + item.seq as u64 * size_of::<Sequence>() as u64))
     }
 }
 
-/// What masks need of the CTA's item in every block. It stands in shared memory: registers are what limits
-/// the tile. What only edges and ends need is loaded again there.
+/// Index that no item has.
+const NO_ITEM: u32 = u32::MAX;
+
+/// First column of the item under its end or a tree mask.
+#[inline(always)]
+pub(crate) fn plain_end(item: &WorkItem, seq: &Sequence) -> u32 {
+    let tree = seq.kv_len - seq.n_tree;
+    if item.kv_end < tree { item.kv_end } else { tree }
+}
+
+/// What masks need of an item in every block. It stands in shared memory: registers are what limits the tile. What
+/// only edges and ends need is loaded again there.
 #[derive(Clone, Copy)]
 pub(crate) struct Place<'a> {
     pub(crate) p: &'a AttentionParams,
-    /// Shared address of: first row, position of query token 0, first column under an end or a tree mask.
+    /// Shared address of: first row, position of query token 0, first column under an end or a tree mask, the item's
+    /// index.
     at: u32,
 }
 
@@ -62,20 +74,50 @@ impl<'a> Place<'a> {
     /// Shared bytes.
     pub(crate) const BYTES: u32 = 16;
 
-    /// Writes the place; it can be read after the CTA's next barrier.
+    /// A place that has been written, and can be read after a barrier.
+    #[inline(always)]
+    pub(crate) fn new(p: &'a AttentionParams, at: u32) -> Self {
+        Place { p, at }
+    }
+
+    /// Writes the place of item `index`, by one lane.
     ///
     /// # Safety
     /// `at` is 16 aligned bytes of shared memory that nothing else uses.
     #[inline(always)]
     #[track_caller]
-    pub(crate) unsafe fn publish(p: &'a AttentionParams, item: &WorkItem, seq: &Sequence, at: u32) -> Self {
-        if isa::thread_x() == 0 {
-            let (tree, position) = (seq.kv_len - seq.n_tree, seq.kv_len.wrapping_sub(seq.q_len));
-            let plain_end = if item.kv_end < tree { item.kv_end } else { tree };
-            // SAFETY: the caller's promise.
-            unsafe { isa::st_shared_4(at, [item.row_start, position, plain_end, 0]) };
-        }
-        Place { p, at }
+    pub(crate) unsafe fn write(&self, index: u32, item: &WorkItem, seq: &Sequence) {
+        let position = seq.kv_len.wrapping_sub(seq.q_len);
+        // SAFETY: the caller's promise.
+        unsafe { isa::st_shared_4(self.at, [item.row_start, position, plain_end(item, seq), index]) };
+    }
+
+    /// Writes the place of no item.
+    ///
+    /// # Safety
+    /// As [`Place::write`].
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) unsafe fn write_none(&self) {
+        // SAFETY: the caller's promise.
+        unsafe { isa::st_shared_4(self.at, [0, 0, 0, NO_ITEM]) };
+    }
+
+    /// Whether the place is that of no item.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn is_none(&self) -> bool {
+        // SAFETY: written before a barrier.
+        let [index] = unsafe { isa::ld_shared_1(self.at + 12) };
+        index == NO_ITEM
+    }
+
+    /// The item and its sequence.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn item(&self) -> (WorkItem, Sequence) {
+        // SAFETY: written before a barrier.
+        load_item(self.p, unsafe { isa::ld_shared_1(self.at + 12) }[0])
     }
 
     /// The lane's two of the 16 rows from row `first` of the tile.
@@ -109,18 +151,18 @@ impl LaneRows<'_> {
         ([position(0), position(1)], plain_end)
     }
 
-    /// Whether both rows see all of columns `at..at + 64`.
+    /// Whether both rows see all of columns `at..at + 64`; `LISTS` as for [`mask::hide`](crate::attn::mask::hide).
     #[inline(always)]
     #[track_caller]
-    pub(crate) fn see_all(&self, at: u32) -> bool {
+    pub(crate) fn see_all<const LISTS: bool>(&self, at: u32) -> bool {
         let p = self.place.p;
         let ([first, last], plain_end) = self.positions();
         if at + KV_BLOCK as u32 > plain_end {
             return false;
         }
         let (mut low, mut high) = (at, at + KV_BLOCK as u32 - 1);
-        if p.logical_pages != 0 {
-            let list = PageList::new(p.logical_pages, p.page_size, &load_item(p).0);
+        if LISTS && p.logical_pages != 0 {
+            let list = PageList::new(p.logical_pages, p.page_size, &self.place.item().0);
             // SAFETY: the columns are below the item's end.
             (low, high) = unsafe { (list.position(low), list.position(high)) };
         }
@@ -133,7 +175,7 @@ impl LaneRows<'_> {
     #[track_caller]
     pub(crate) fn slope(&self, r: usize) -> f32 {
         let p = self.place.p;
-        let (item, _) = load_item(p);
+        let (item, _) = self.place.item();
         let head = token_head(p.group, item.kv_head, item.row_start + self.row(r)).1;
         // SAFETY: the host gives one slope per query head.
         let [slope] = unsafe { isa::ld_global_1(p.alibi_slopes + 4 * head as u64) };

@@ -1,5 +1,9 @@
-//! Online softmax of 16 packed rows, two of them in each lane (rows `lane / 4` and `+ 8`), 64 columns a step
+//! Online softmax of 16 packed rows, two of them in each lane (rows `lane / 4` and `+ 8`), a block of columns a step
 //! (FlashAttention-2, arXiv:2307.08691).
+//!
+//! What has been accumulated is scaled anew only where a row's maximum grows. In exact arithmetic it need not be scaled
+//! then either, as long as weights stay in range. But weights are rounded to 16 bits: relative to the true maximum
+//! the largest weight is 1, which has no rounding error, and relative to an older one it would have.
 
 use core::f32::consts::LOG2_E;
 
@@ -7,10 +11,14 @@ use crate::abi::ScoreParams;
 use crate::attn::rows::LaneRows;
 use crate::isa;
 
-/// Scores of 16 rows against 64 columns: eight C fragments.
-pub(crate) type Scores = [[f32; 4]; 8];
+/// Scores of 16 rows against 8 `TILES` columns: C fragments.
+pub(crate) type Scores<const TILES: usize> = [[f32; 4]; TILES];
 
-/// Maximum and sum of a lane's two rows. The sum is over the lane's own columns until [`State::reduced`].
+/// Maximum of a row that has seen nothing: below every logit, and finite, so that `-inf` less it is `-inf`.
+const NOTHING: f32 = -f32::MAX / 4.0;
+
+/// Maximum (a base-2 logit) and sum of a lane's two rows. The sum is over the lane's own columns until
+/// [`State::reduced`].
 #[derive(Clone, Copy)]
 pub(crate) struct State {
     pub(crate) m: [f32; 2],
@@ -42,9 +50,9 @@ impl Logits {
         }
     }
 
-    /// Soft cap and ALiBi on columns `at..at + 64`.
+    /// Soft cap and ALiBi on columns from `at`.
     #[inline(always)]
-    pub(crate) fn apply(&self, s: &mut Scores, rows: &LaneRows<'_>, at: u32) {
+    pub(crate) fn apply<const TILES: usize>(&self, s: &mut Scores<TILES>, rows: &LaneRows<'_>, at: u32) {
         if !self.in_place {
             return;
         }
@@ -54,7 +62,7 @@ impl Logits {
         for r in 0..2 {
             let slope = if alibi { rows.slope(r) } else { 0.0 };
             let distance = (at + 2 * (isa::thread_x() % 4)) as i32 - positions[r];
-            for j in 0..8 {
+            for j in 0..TILES {
                 for i in 0..2 {
                     let x = s[j][2 * r + i];
                     // A branch for each element, on purpose: across one the assembler does not gather many
@@ -76,47 +84,63 @@ fn tanh(x: f32) -> f32 {
 }
 
 impl State {
-    pub(crate) const EMPTY: State = State { m: [f32::NEG_INFINITY; 2], l: [0.0; 2] };
+    pub(crate) const EMPTY: State = State { m: [NOTHING; 2], l: [0.0; 2] };
 
-    /// Takes 64 columns in: `s` becomes weights; gives the factors for what was accumulated before.
+    /// Takes a block of columns in: `s` becomes weights; gives the factors for what was accumulated before, mostly 1.
     #[inline(always)]
     #[track_caller]
-    pub(crate) fn step(&mut self, s: &mut Scores, factor: f32) -> [f32; 2] {
+    pub(crate) fn step<const TILES: usize>(&mut self, s: &mut Scores<TILES>, factor: f32) -> [f32; 2] {
         let mut correction = [1.0; 2];
         for r in 0..2 {
             let mut max = isa::max_nan(s[0][2 * r], s[0][2 * r + 1]);
-            for j in 1..8 {
+            for j in 1..TILES {
                 max = isa::max_nan(max, isa::max_nan(s[j][2 * r], s[j][2 * r + 1]));
             }
             max = isa::max_nan(max, f32::from_bits(isa::shfl_bfly(max.to_bits(), 1)));
             max = isa::max_nan(max, f32::from_bits(isa::shfl_bfly(max.to_bits(), 2)));
-            let new = isa::max_nan(self.m[r], max);
-            let base = guarded(new) * factor;
-            correction[r] = isa::ex2(isa::fma(self.m[r], factor, -base));
+            let new = max * factor;
+            // False where `new` is NaN: the weights will be.
+            if new > self.m[r] {
+                correction[r] = isa::ex2(self.m[r] - new);
+                self.m[r] = new;
+            }
+            // One chain of sums: exponentials come more slowly than it goes on.
             let mut sum = 0.0;
-            for j in 0..8 {
-                for i in 2 * r..2 * r + 2 {
-                    s[j][i] = isa::ex2(isa::fma(s[j][i], factor, -base));
-                    sum += s[j][i];
+            for j in 0..TILES {
+                for x in &mut s[j][2 * r..2 * r + 2] {
+                    *x = isa::ex2(isa::fma(*x, factor, -self.m[r]));
+                    sum += *x;
                 }
             }
-            self.m[r] = new;
             self.l[r] = isa::fma(self.l[r], correction[r], sum);
         }
         correction
     }
 
-    /// The state with sums over all columns and base-2 maxima.
+    /// The state with sums over all columns; the maximum of a row that has seen nothing becomes `-inf`.
     #[inline(always)]
     #[track_caller]
-    pub(crate) fn reduced(&self, factor: f32) -> State {
+    pub(crate) fn reduced(&self) -> State {
         let mut state = *self;
         for r in 0..2 {
             let l = state.l[r] + f32::from_bits(isa::shfl_bfly(state.l[r].to_bits(), 1));
             state.l[r] = l + f32::from_bits(isa::shfl_bfly(l.to_bits(), 2));
-            state.m[r] *= factor;
+            state.m[r] = if state.m[r] == NOTHING { f32::NEG_INFINITY } else { state.m[r] };
         }
         state
+    }
+}
+
+/// Scales what was accumulated before a [`State::step`], where any row of the warp has to be.
+#[inline(always)]
+#[track_caller]
+pub(crate) fn rescale<const TILES: usize>(o: &mut [[f32; 4]; TILES], correction: [f32; 2]) {
+    if isa::ballot(correction != [1.0; 2]) != 0 {
+        for tile in o {
+            for i in 0..4 {
+                tile[i] *= correction[i / 2];
+            }
+        }
     }
 }
 

@@ -58,6 +58,19 @@ pub fn opaque(x: u32) -> u32 {
     x
 }
 
+/// Holds what follows (volatile instructions, such as waits) back until `x`, which is never negative, is computed: the
+/// assembler moves a wait up before arithmetic that was to run meanwhile, but not across a branch that depends on it.
+#[inline(always)]
+pub fn settle(x: f32) {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: the branch is not taken.
+    unsafe {
+        core::arch::asm!("{{.reg .pred p; setp.lt.f32 p, {x}, 0f00000000; @p nanosleep.u32 1;}}", x = in(reg32) x, options(nostack))
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    let _ = x;
+}
+
 /// `fma.rn.f32`
 #[inline(always)]
 pub fn fma(a: f32, b: f32, c: f32) -> f32 {

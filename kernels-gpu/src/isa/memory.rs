@@ -75,6 +75,27 @@ store!(/// `st.global.v2.b32`
 store!(/// `st.global.v4.b32`
     st_global_4, "st.global.v4.b32 [{at}], {{{a}, {b}, {c}, {d}}};", u64, reg64, sim::write_global, [a, b, c, d]);
 
+/// `ld.global.nc.v2.b32`: what no launch writes while it runs. The compiler may leave it out, or do it again.
+///
+/// # Safety
+/// See the module; nobody writes it before the launch ends.
+#[inline(always)]
+#[track_caller]
+pub unsafe fn ld_constant_2(at: u64) -> [u32; 2] {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let (a, b): (u32, u32);
+        // SAFETY: the caller's promise.
+        unsafe {
+            core::arch::asm!("ld.global.nc.v2.b32 {{{a}, {b}}}, [{at}];",
+                a = out(reg32) a, b = out(reg32) b, at = in(reg64) at, options(pure, nomem, nostack))
+        }
+        [a, b]
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    sim::read_global(at)
+}
+
 /// `ld.global.u16`
 ///
 /// # Safety
@@ -164,7 +185,27 @@ pub unsafe fn atom_add_global(at: u64, x: u32) -> u32 {
         d
     }
     #[cfg(not(target_arch = "nvptx64"))]
-    sim::atom_add_global(at, x)
+    sim::atom_global(at, |old| old.wrapping_add(x))
+}
+
+/// `atom.global.inc.u32`: gives the old value, which becomes 0 if it is `most` or more, else one more.
+///
+/// # Safety
+/// As [`atom_add_global`].
+#[inline(always)]
+#[track_caller]
+pub unsafe fn atom_inc_global(at: u64, most: u32) -> u32 {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let d: u32;
+        // SAFETY: the caller's promise.
+        unsafe {
+            core::arch::asm!("atom.global.inc.u32 {d}, [{at}], {x};", d = out(reg32) d, at = in(reg64) at, x = in(reg32) most, options(nostack))
+        }
+        d
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    sim::atom_global(at, |old| if old >= most { 0 } else { old + 1 })
 }
 
 /// The first address of the CTA's dynamic shared memory, a multiple of 1024.

@@ -82,3 +82,23 @@ pub unsafe fn ldmatrix_x4_trans(row: u32) -> [u32; 4] {
     #[cfg(not(target_arch = "nvptx64"))]
     sim::collective("ldmatrix.x4.trans", &[row], |w| sim::ldmatrix_x4(w, true))
 }
+
+/// `stmatrix.x4.m8n8.b16`: [`ldmatrix_x4`] the other way: lane `8 i + r` names row `r` of matrix `i`.
+///
+/// # Safety
+/// `row` is 16 aligned bytes of shared memory that nobody else touches.
+#[inline(always)]
+#[track_caller]
+pub unsafe fn stmatrix_x4(row: u32, x: [u32; 4]) {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: the caller's promise.
+    unsafe {
+        core::arch::asm!("stmatrix.sync.aligned.m8n8.x4.shared.b16 [{row}], {{{a}, {b}, {c}, {d}}};",
+            row = in(reg32) row, a = in(reg32) x[0], b = in(reg32) x[1], c = in(reg32) x[2], d = in(reg32) x[3],
+            options(nostack))
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        sim::collective("stmatrix.x4", &[row, x[0], x[1], x[2], x[3]], sim::stmatrix_x4);
+    }
+}

@@ -55,3 +55,57 @@ pub fn bar_sync() {
     #[cfg(not(target_arch = "nvptx64"))]
     sim::barrier();
 }
+
+/// `bar.sync id, threads`: a barrier of whole warps, `threads` lanes in all, by its number (1 to 15).
+#[inline(always)]
+#[track_caller]
+pub fn bar_sync_named(id: u32, threads: u32) {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: a barrier.
+    unsafe {
+        core::arch::asm!("bar.sync {id}, {n};", id = in(reg32) id, n = in(reg32) threads, options(nostack))
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    sim::bar_named(id, threads, true);
+}
+
+/// `bar.arrive id, threads`: arrives at such a barrier and does not wait.
+#[inline(always)]
+#[track_caller]
+pub fn bar_arrive_named(id: u32, threads: u32) {
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: a barrier.
+    unsafe {
+        core::arch::asm!("bar.arrive {id}, {n};", id = in(reg32) id, n = in(reg32) threads, options(nostack))
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    sim::bar_named(id, threads, false);
+}
+
+/// `setmaxnreg.dec`: gives all but `N` registers of each lane back; all warps of a warpgroup.
+#[inline(always)]
+#[track_caller]
+pub fn registers_down<const N: u32>() {
+    const { assert!(N >= 24 && N <= 256 && N.is_multiple_of(8)) };
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: a hint to the hardware; ptxas keeps code within it.
+    unsafe {
+        core::arch::asm!("setmaxnreg.dec.sync.aligned.u32 {n};", n = const N, options(nostack))
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    sim::set_registers(N, false);
+}
+
+/// `setmaxnreg.inc`: waits until each lane can have `N` registers; all warps of a warpgroup.
+#[inline(always)]
+#[track_caller]
+pub fn registers_up<const N: u32>() {
+    const { assert!(N >= 24 && N <= 256 && N.is_multiple_of(8)) };
+    #[cfg(target_arch = "nvptx64")]
+    // SAFETY: as `registers_down`.
+    unsafe {
+        core::arch::asm!("setmaxnreg.inc.sync.aligned.u32 {n};", n = const N, options(nostack))
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    sim::set_registers(N, true);
+}

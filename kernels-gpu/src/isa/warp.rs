@@ -96,3 +96,26 @@ pub fn ballot(holds: bool) -> u32 {
         w.each(|_, _| [all, 0, 0, 0]);
     })[0]
 }
+
+/// `elect.sync`: true in one lane of the warp, always the same.
+#[inline(always)]
+#[track_caller]
+pub fn elect() -> bool {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let d: u32;
+        // SAFETY: as `shfl_bfly`.
+        unsafe {
+            core::arch::asm!("{{.reg .pred p; elect.sync _|p, 0xffffffff; selp.u32 {d}, 1, 0, p;}}", d = out(reg32) d, options(nomem, nostack))
+        }
+        d != 0
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        sim::collective("elect", &[], |w| {
+            let leader = w.elected();
+            w.each(|_, i| [(i == leader) as u32, 0, 0, 0]);
+        })[0]
+            != 0
+    }
+}

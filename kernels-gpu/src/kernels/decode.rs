@@ -11,7 +11,7 @@ use crate::abi::{DECODE_ROWS, KV_BLOCK};
 use crate::attn::mask;
 use crate::attn::output::{Accumulator, Output};
 use crate::attn::rows::{Place, load_item};
-use crate::attn::softmax::{Logits, Scores, State};
+use crate::attn::softmax::{Logits, Scores, State, rescale};
 use crate::isa;
 use crate::kernels::prefill::copy_q;
 use crate::sched::{Source, section_end};
@@ -54,7 +54,7 @@ pub(super) unsafe fn body<
     params: &'a S::Params,
 ) {
     let p = S::attention(params);
-    let (item, seq) = load_item(p);
+    let (item, seq) = load_item(p, isa::block_x());
     let (warp, lane) = (isa::thread_x() / 32, isa::thread_x() % 32);
     let base = isa::shared_base();
     let q = SharedTile::<CHUNKS>::new(base);
@@ -64,12 +64,20 @@ pub(super) unsafe fn body<
     // The lane's place in S, as a C fragment.
     let s_at = base + Plan::<CHUNKS>::S + 4 * (lane / 4 * S_STRIDE + 2 * (lane % 4));
 
-    // SAFETY: the plan has room for it.
-    let rows = unsafe { Place::publish(p, &item, &seq, base + Plan::<CHUNKS>::PLACE) }.rows(0);
+    let place = Place::new(p, base + Plan::<CHUNKS>::PLACE);
+    if isa::thread_x() == 0 {
+        // SAFETY: the plan has room for it.
+        unsafe { place.write(isa::block_x(), &item, &seq) };
+    }
+    let rows = place.rows(0);
     let logits = Logits::new(&p.score, p.alibi_slopes != 0);
     let channel = 8 * TILES as u32 * warp;
     let output = Output { p, channel, leads: warp == 0 };
 
+    if item.kv_start == item.kv_end {
+        // Nothing is taken, with whose barrier the place would be there.
+        isa::bar_sync();
+    }
     let mut at = item.kv_start;
     loop {
         let end = section_end(p, &item, at);
@@ -99,7 +107,7 @@ pub(super) unsafe fn body<
             }
             let v = ring.take_v(at);
             let lane = isa::opaque(lane);
-            let mut s: Scores = [[0.0; 4]; 8];
+            let mut s: Scores<8> = [[0.0; 4]; 8];
             for (j, x) in s.iter_mut().enumerate() {
                 let from = s_at + 4 * 8 * j as u32;
                 // SAFETY: written before the barrier in `take`.
@@ -109,13 +117,9 @@ pub(super) unsafe fn body<
                 }
             }
             logits.apply(&mut s, &rows, at);
-            mask::hide(&rows, at, &mut s);
+            mask::hide::<true, 8>(&rows, at, &mut s);
             let correction = state.step(&mut s, logits.factor);
-            for tile in &mut o {
-                for i in 0..4 {
-                    tile[i] *= correction[i / 2];
-                }
-            }
+            rescale(&mut o, correction);
             for step in 0..2 {
                 let a = [0, 1].map(|half| c_to_a::<T>(s[4 * step + 2 * half], s[4 * step + 2 * half + 1]));
                 for (j, o) in o.iter_mut().enumerate() {
@@ -127,7 +131,7 @@ pub(super) unsafe fn body<
             }
             at += KV_BLOCK as u32;
         }
-        output.end_section::<Io, TILES>(end, &rows, state.reduced(logits.factor), &mut o);
+        output.end_section::<Io, TILES>(end, &rows, state.reduced(), &mut o);
         if end == item.kv_end {
             return;
         }

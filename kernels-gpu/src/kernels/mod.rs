@@ -2,12 +2,14 @@
 
 mod append_kv;
 mod conformance;
+mod conformance_sm90;
 mod decode;
 mod int4;
 mod layer;
 mod merge_partials;
 mod merge_states;
 mod prefill;
+mod prefill_sm90;
 mod sample;
 mod select_pages;
 
@@ -23,6 +25,8 @@ pub trait Config {
     const MIN_CTAS: u32;
     /// Bytes of dynamic shared memory.
     const SHARED_BYTES: u32;
+    /// CTAs of a cluster, in x.
+    const CLUSTER: u32 = 1;
 }
 
 const WARPS: u32 = ROWS_PER_CTA as u32;
@@ -39,27 +43,38 @@ impl Config for WarpPerRow {
 /// The one table of entries. From a line come the device symbol, the simulator's function, and the launch
 /// bounds, which are inserted where the PTX is written out.
 macro_rules! entries {
-    ($($family:literal $name:ident($params:ty) = $body:path, $config:ty;)*) => {
+    ($($target:literal $family:literal $name:ident($params:ty $(, $at:ident)?) = $body:path, $config:ty;)*) => {
         $(
             // What the tool that writes the PTX out has to know, in the PTX.
-            #[cfg(target_arch = "nvptx64")]
+            #[cfg(all(target_arch = "nvptx64", ferroflash_target = $target))]
             core::arch::global_asm!(
-                concat!("// entry ", stringify!($name), " ", $family, " {t} {c} {s} {p}"),
+                concat!("// entry ", stringify!($name), " ", $family, " ", $target, " {t} {c} {s} {p} {k}"),
                 t = const <$config as Config>::THREADS,
                 c = const <$config as Config>::MIN_CTAS,
                 s = const <$config as Config>::SHARED_BYTES,
                 p = const size_of::<$params>(),
+                k = const <$config as Config>::CLUSTER,
             );
 
             /// Device entry.
             ///
             /// # Safety
             /// Launched with the config's sizes and parameters that the host has checked.
-            #[cfg(target_arch = "nvptx64")]
+            #[cfg(all(target_arch = "nvptx64", ferroflash_target = $target))]
             #[unsafe(no_mangle)]
             pub unsafe extern "ptx-kernel" fn $name(p: $params) {
+                $(
+                    // Where the parameters are: tensor maps are used by their address.
+                    let $at: u64;
+                    // SAFETY: names the entry's own parameter.
+                    unsafe {
+                        core::arch::asm!(
+                            concat!("mov.b64 {at}, ", stringify!($name), "_param_0; cvta.param.u64 {at}, {at};"),
+                            at = out(reg64) $at, options(pure, nomem, nostack))
+                    }
+                )?
                 // SAFETY: the launch's promise.
-                unsafe { $body(&p) }
+                unsafe { $body(&p $(, $at)?) }
             }
         )*
 
@@ -67,15 +82,18 @@ macro_rules! entries {
         #[cfg(not(target_arch = "nvptx64"))]
         pub static ENTRIES: &[Entry] = &[$(
             Entry {
+                target: $target,
                 family: $family,
                 name: stringify!($name),
                 threads: <$config>::THREADS,
                 min_ctas: <$config>::MIN_CTAS,
                 shared_bytes: <$config>::SHARED_BYTES,
                 params_bytes: size_of::<$params>() as u32,
+                cluster: <$config>::CLUSTER,
                 run: |p| {
+                    $(let $at = p as u64;)?
                     // SAFETY: the simulator passes the bytes of the entry's own parameter struct.
-                    unsafe { $body(&*p.cast::<$params>()) }
+                    unsafe { $body(&*p.cast::<$params>() $(, $at)?) }
                 },
             },
         )*];
@@ -86,7 +104,9 @@ macro_rules! entries {
 #[cfg(not(target_arch = "nvptx64"))]
 #[derive(Clone, Copy, Debug)]
 pub struct Entry {
-    /// PTX file.
+    /// Instruction set.
+    pub target: &'static str,
+    /// PTX file, with the target.
     pub family: &'static str,
     /// Symbol.
     pub name: &'static str,
@@ -98,64 +118,115 @@ pub struct Entry {
     pub shared_bytes: u32,
     /// Bytes of the parameter struct.
     pub params_bytes: u32,
+    /// CTAs of a cluster, in x.
+    pub cluster: u32,
     /// One lane's run on the host.
     pub run: fn(*const u8),
 }
 
 entries! {
-    "prefill_d64" prefill_f16_d64(AttentionParams) = prefill::body::<F16, F16, Ring<'_, 8, 128, 2>, 8, 8, 2, 4>, prefill::Config<Ring<'static, 8, 128, 2>, 8, 2, 4>;
-    "prefill_d64" prefill_bf16_d64(AttentionParams) = prefill::body::<BF16, BF16, Ring<'_, 8, 128, 2>, 8, 8, 2, 4>, prefill::Config<Ring<'static, 8, 128, 2>, 8, 2, 4>;
-    "prefill_d96" prefill_f16_d96(AttentionParams) = prefill::body::<F16, F16, Ring<'_, 12, 128, 2>, 12, 12, 2, 4>, prefill::Config<Ring<'static, 12, 128, 2>, 12, 2, 4>;
-    "prefill_d96" prefill_bf16_d96(AttentionParams) = prefill::body::<BF16, BF16, Ring<'_, 12, 128, 2>, 12, 12, 2, 4>, prefill::Config<Ring<'static, 12, 128, 2>, 12, 2, 4>;
-    "prefill_d128" prefill_f16_d128(AttentionParams) = prefill::body::<F16, F16, Ring<'_, 16, 128, 2>, 16, 16, 2, 4>, prefill::Config<Ring<'static, 16, 128, 2>, 16, 2, 4>;
-    "prefill_d128" prefill_bf16_d128(AttentionParams) = prefill::body::<BF16, BF16, Ring<'_, 16, 128, 2>, 16, 16, 2, 4>, prefill::Config<Ring<'static, 16, 128, 2>, 16, 2, 4>;
-    "prefill_d192" prefill_f16_d192(AttentionParams) = prefill::body::<F16, F16, Ring<'_, 24, 256, 2>, 24, 24, 1, 8>, prefill::Config<Ring<'static, 24, 256, 2>, 24, 1, 8>;
-    "prefill_d192" prefill_bf16_d192(AttentionParams) = prefill::body::<BF16, BF16, Ring<'_, 24, 256, 2>, 24, 24, 1, 8>, prefill::Config<Ring<'static, 24, 256, 2>, 24, 1, 8>;
-    "prefill_d256" prefill_f16_d256(AttentionParams) = prefill::body::<F16, F16, Ring<'_, 32, 128, 2>, 32, 32, 1, 4>, prefill::Config<Ring<'static, 32, 128, 2>, 32, 1, 4>;
-    "prefill_d256" prefill_bf16_d256(AttentionParams) = prefill::body::<BF16, BF16, Ring<'_, 32, 128, 2>, 32, 32, 1, 4>, prefill::Config<Ring<'static, 32, 128, 2>, 32, 1, 4>;
-    "decode_d64" decode_f16_d64(AttentionParams) = decode::body::<F16, F16, Ring<'_, 8, 128, 8>, 8, 2>, decode::Config<Ring<'static, 8, 128, 8>, 8>;
-    "decode_d64" decode_bf16_d64(AttentionParams) = decode::body::<BF16, BF16, Ring<'_, 8, 128, 8>, 8, 2>, decode::Config<Ring<'static, 8, 128, 8>, 8>;
-    "decode_d96" decode_f16_d96(AttentionParams) = decode::body::<F16, F16, Ring<'_, 12, 128, 6>, 12, 3>, decode::Config<Ring<'static, 12, 128, 6>, 12>;
-    "decode_d96" decode_bf16_d96(AttentionParams) = decode::body::<BF16, BF16, Ring<'_, 12, 128, 6>, 12, 3>, decode::Config<Ring<'static, 12, 128, 6>, 12>;
-    "decode_d128" decode_f16_d128(AttentionParams) = decode::body::<F16, F16, Ring<'_, 16, 128, 4>, 16, 4>, decode::Config<Ring<'static, 16, 128, 4>, 16>;
-    "decode_d128" decode_bf16_d128(AttentionParams) = decode::body::<BF16, BF16, Ring<'_, 16, 128, 4>, 16, 4>, decode::Config<Ring<'static, 16, 128, 4>, 16>;
-    "decode_d192" decode_f16_d192(AttentionParams) = decode::body::<F16, F16, Ring<'_, 24, 128, 3>, 24, 6>, decode::Config<Ring<'static, 24, 128, 3>, 24>;
-    "decode_d192" decode_bf16_d192(AttentionParams) = decode::body::<BF16, BF16, Ring<'_, 24, 128, 3>, 24, 6>, decode::Config<Ring<'static, 24, 128, 3>, 24>;
-    "decode_d256" decode_f16_d256(AttentionParams) = decode::body::<F16, F16, Ring<'_, 32, 128, 2>, 32, 8>, decode::Config<Ring<'static, 32, 128, 2>, 32>;
-    "decode_d256" decode_bf16_d256(AttentionParams) = decode::body::<BF16, BF16, Ring<'_, 32, 128, 2>, 32, 8>, decode::Config<Ring<'static, 32, 128, 2>, 32>;
-    "prefill_int4_d64" prefill_int4_f16_d64(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 8, 128, 3>, 8, 8, 2, 4>, prefill::Config<Int4Ring<'static, 8, 128, 3>, 8, 2, 4>;
-    "prefill_int4_d64" prefill_int4_bf16_d64(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 8, 128, 3>, 8, 8, 2, 4>, prefill::Config<Int4Ring<'static, 8, 128, 3>, 8, 2, 4>;
-    "prefill_int4_d96" prefill_int4_f16_d96(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 12, 128, 3>, 12, 12, 2, 4>, prefill::Config<Int4Ring<'static, 12, 128, 3>, 12, 2, 4>;
-    "prefill_int4_d96" prefill_int4_bf16_d96(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 12, 128, 3>, 12, 12, 2, 4>, prefill::Config<Int4Ring<'static, 12, 128, 3>, 12, 2, 4>;
-    "prefill_int4_d128" prefill_int4_f16_d128(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 16, 256, 3>, 16, 16, 1, 8>, prefill::Config<Int4Ring<'static, 16, 256, 3>, 16, 1, 8>;
-    "prefill_int4_d128" prefill_int4_bf16_d128(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 16, 256, 3>, 16, 16, 1, 8>, prefill::Config<Int4Ring<'static, 16, 256, 3>, 16, 1, 8>;
-    "prefill_int4_d192" prefill_int4_f16_d192(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 24, 256, 3>, 24, 24, 1, 8>, prefill::Config<Int4Ring<'static, 24, 256, 3>, 24, 1, 8>;
-    "prefill_int4_d192" prefill_int4_bf16_d192(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 24, 256, 3>, 24, 24, 1, 8>, prefill::Config<Int4Ring<'static, 24, 256, 3>, 24, 1, 8>;
-    "prefill_int4_d256" prefill_int4_f16_d256(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 32, 128, 3>, 32, 32, 1, 4>, prefill::Config<Int4Ring<'static, 32, 128, 3>, 32, 1, 4>;
-    "prefill_int4_d256" prefill_int4_bf16_d256(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 32, 128, 3>, 32, 32, 1, 4>, prefill::Config<Int4Ring<'static, 32, 128, 3>, 32, 1, 4>;
-    "decode_int4_d64" decode_int4_f16_d64(AttentionInt4Params) = decode::body::<F16, F16, Int4Ring<'_, 8, 128, 4>, 8, 2>, decode::Config<Int4Ring<'static, 8, 128, 4>, 8>;
-    "decode_int4_d64" decode_int4_bf16_d64(AttentionInt4Params) = decode::body::<BF16, F16, Int4Ring<'_, 8, 128, 4>, 8, 2>, decode::Config<Int4Ring<'static, 8, 128, 4>, 8>;
-    "decode_int4_d96" decode_int4_f16_d96(AttentionInt4Params) = decode::body::<F16, F16, Int4Ring<'_, 12, 128, 4>, 12, 3>, decode::Config<Int4Ring<'static, 12, 128, 4>, 12>;
-    "decode_int4_d96" decode_int4_bf16_d96(AttentionInt4Params) = decode::body::<BF16, F16, Int4Ring<'_, 12, 128, 4>, 12, 3>, decode::Config<Int4Ring<'static, 12, 128, 4>, 12>;
-    "decode_int4_d128" decode_int4_f16_d128(AttentionInt4Params) = decode::body::<F16, F16, Int4Ring<'_, 16, 128, 4>, 16, 4>, decode::Config<Int4Ring<'static, 16, 128, 4>, 16>;
-    "decode_int4_d128" decode_int4_bf16_d128(AttentionInt4Params) = decode::body::<BF16, F16, Int4Ring<'_, 16, 128, 4>, 16, 4>, decode::Config<Int4Ring<'static, 16, 128, 4>, 16>;
-    "decode_int4_d192" decode_int4_f16_d192(AttentionInt4Params) = decode::body::<F16, F16, Int4Ring<'_, 24, 128, 4>, 24, 6>, decode::Config<Int4Ring<'static, 24, 128, 4>, 24>;
-    "decode_int4_d192" decode_int4_bf16_d192(AttentionInt4Params) = decode::body::<BF16, F16, Int4Ring<'_, 24, 128, 4>, 24, 6>, decode::Config<Int4Ring<'static, 24, 128, 4>, 24>;
-    "decode_int4_d256" decode_int4_f16_d256(AttentionInt4Params) = decode::body::<F16, F16, Int4Ring<'_, 32, 128, 4>, 32, 8>, decode::Config<Int4Ring<'static, 32, 128, 4>, 32>;
-    "decode_int4_d256" decode_int4_bf16_d256(AttentionInt4Params) = decode::body::<BF16, F16, Int4Ring<'_, 32, 128, 4>, 32, 8>, decode::Config<Int4Ring<'static, 32, 128, 4>, 32>;
-    "merge" merge_partials_f16(MergePartialsParams) = merge_partials::body::<F16>, WarpPerRow;
-    "merge" merge_partials_bf16(MergePartialsParams) = merge_partials::body::<BF16>, WarpPerRow;
-    "merge" merge_states(MergeStatesParams) = merge_states::body, WarpPerRow;
-    "append_kv" append_kv(AppendParams) = append_kv::append, WarpPerRow;
-    "append_kv" page_summaries(SummaryParams) = append_kv::summaries, WarpPerRow;
-    "int4" append_tail_int4(Int4AppendParams) = int4::append_tail, WarpPerRow;
-    "int4" quantize_int4(Int4AppendParams) = int4::quantize, int4::QuantizeConfig;
-    "int4" dequantize_int4(Int4DequantParams) = int4::dequantize, WarpPerRow;
-    "select_pages" score_pages(SelectParams) = select_pages::score, WarpPerRow;
-    "select_pages" top_k_pages(SelectParams) = select_pages::top_k, select_pages::TopKConfig;
-    "layer" rms_norm(RmsNormParams) = layer::rms_norm, layer::Config;
-    "layer" silu_mul(SiluMulParams) = layer::silu_mul, layer::Config;
-    "layer" embedding(EmbeddingParams) = layer::embedding, layer::Config;
-    "sample" sample(SampleParams) = sample::body, sample::Config;
-    "conformance" conformance(ConformanceParams) = conformance::body, conformance::Config;
+    "sm_80" "prefill_d64" prefill_f16_d64(AttentionParams) = prefill::body::<F16, F16, Ring<'_, 8, 128, 2>, 8, 8, 2, 4>, prefill::Config<Ring<'static, 8, 128, 2>, 8, 2, 4>;
+    "sm_80" "prefill_d64" prefill_bf16_d64(AttentionParams) = prefill::body::<BF16, BF16, Ring<'_, 8, 128, 2>, 8, 8, 2, 4>, prefill::Config<Ring<'static, 8, 128, 2>, 8, 2, 4>;
+    "sm_80" "prefill_d96" prefill_f16_d96(AttentionParams) = prefill::body::<F16, F16, Ring<'_, 12, 128, 2>, 12, 12, 2, 4>, prefill::Config<Ring<'static, 12, 128, 2>, 12, 2, 4>;
+    "sm_80" "prefill_d96" prefill_bf16_d96(AttentionParams) = prefill::body::<BF16, BF16, Ring<'_, 12, 128, 2>, 12, 12, 2, 4>, prefill::Config<Ring<'static, 12, 128, 2>, 12, 2, 4>;
+    "sm_80" "prefill_d128" prefill_f16_d128(AttentionParams) = prefill::body::<F16, F16, Ring<'_, 16, 128, 2>, 16, 16, 2, 4>, prefill::Config<Ring<'static, 16, 128, 2>, 16, 2, 4>;
+    "sm_80" "prefill_d128" prefill_bf16_d128(AttentionParams) = prefill::body::<BF16, BF16, Ring<'_, 16, 128, 2>, 16, 16, 2, 4>, prefill::Config<Ring<'static, 16, 128, 2>, 16, 2, 4>;
+    "sm_80" "prefill_d192" prefill_f16_d192(AttentionParams) = prefill::body::<F16, F16, Ring<'_, 24, 256, 2>, 24, 24, 1, 8>, prefill::Config<Ring<'static, 24, 256, 2>, 24, 1, 8>;
+    "sm_80" "prefill_d192" prefill_bf16_d192(AttentionParams) = prefill::body::<BF16, BF16, Ring<'_, 24, 256, 2>, 24, 24, 1, 8>, prefill::Config<Ring<'static, 24, 256, 2>, 24, 1, 8>;
+    "sm_80" "prefill_d256" prefill_f16_d256(AttentionParams) = prefill::body::<F16, F16, Ring<'_, 32, 128, 2>, 32, 32, 1, 4>, prefill::Config<Ring<'static, 32, 128, 2>, 32, 1, 4>;
+    "sm_80" "prefill_d256" prefill_bf16_d256(AttentionParams) = prefill::body::<BF16, BF16, Ring<'_, 32, 128, 2>, 32, 32, 1, 4>, prefill::Config<Ring<'static, 32, 128, 2>, 32, 1, 4>;
+    "sm_80" "decode_d64" decode_f16_d64(AttentionParams) = decode::body::<F16, F16, Ring<'_, 8, 128, 8>, 8, 2>, decode::Config<Ring<'static, 8, 128, 8>, 8>;
+    "sm_80" "decode_d64" decode_bf16_d64(AttentionParams) = decode::body::<BF16, BF16, Ring<'_, 8, 128, 8>, 8, 2>, decode::Config<Ring<'static, 8, 128, 8>, 8>;
+    "sm_80" "decode_d96" decode_f16_d96(AttentionParams) = decode::body::<F16, F16, Ring<'_, 12, 128, 6>, 12, 3>, decode::Config<Ring<'static, 12, 128, 6>, 12>;
+    "sm_80" "decode_d96" decode_bf16_d96(AttentionParams) = decode::body::<BF16, BF16, Ring<'_, 12, 128, 6>, 12, 3>, decode::Config<Ring<'static, 12, 128, 6>, 12>;
+    "sm_80" "decode_d128" decode_f16_d128(AttentionParams) = decode::body::<F16, F16, Ring<'_, 16, 128, 4>, 16, 4>, decode::Config<Ring<'static, 16, 128, 4>, 16>;
+    "sm_80" "decode_d128" decode_bf16_d128(AttentionParams) = decode::body::<BF16, BF16, Ring<'_, 16, 128, 4>, 16, 4>, decode::Config<Ring<'static, 16, 128, 4>, 16>;
+    "sm_80" "decode_d192" decode_f16_d192(AttentionParams) = decode::body::<F16, F16, Ring<'_, 24, 128, 3>, 24, 6>, decode::Config<Ring<'static, 24, 128, 3>, 24>;
+    "sm_80" "decode_d192" decode_bf16_d192(AttentionParams) = decode::body::<BF16, BF16, Ring<'_, 24, 128, 3>, 24, 6>, decode::Config<Ring<'static, 24, 128, 3>, 24>;
+    "sm_80" "decode_d256" decode_f16_d256(AttentionParams) = decode::body::<F16, F16, Ring<'_, 32, 128, 2>, 32, 8>, decode::Config<Ring<'static, 32, 128, 2>, 32>;
+    "sm_80" "decode_d256" decode_bf16_d256(AttentionParams) = decode::body::<BF16, BF16, Ring<'_, 32, 128, 2>, 32, 8>, decode::Config<Ring<'static, 32, 128, 2>, 32>;
+    "sm_80" "prefill_int4_d64" prefill_int4_f16_d64(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 8, 128, 3>, 8, 8, 2, 4>, prefill::Config<Int4Ring<'static, 8, 128, 3>, 8, 2, 4>;
+    "sm_80" "prefill_int4_d64" prefill_int4_bf16_d64(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 8, 128, 3>, 8, 8, 2, 4>, prefill::Config<Int4Ring<'static, 8, 128, 3>, 8, 2, 4>;
+    "sm_80" "prefill_int4_d96" prefill_int4_f16_d96(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 12, 128, 3>, 12, 12, 2, 4>, prefill::Config<Int4Ring<'static, 12, 128, 3>, 12, 2, 4>;
+    "sm_80" "prefill_int4_d96" prefill_int4_bf16_d96(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 12, 128, 3>, 12, 12, 2, 4>, prefill::Config<Int4Ring<'static, 12, 128, 3>, 12, 2, 4>;
+    "sm_80" "prefill_int4_d128" prefill_int4_f16_d128(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 16, 256, 3>, 16, 16, 1, 8>, prefill::Config<Int4Ring<'static, 16, 256, 3>, 16, 1, 8>;
+    "sm_80" "prefill_int4_d128" prefill_int4_bf16_d128(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 16, 256, 3>, 16, 16, 1, 8>, prefill::Config<Int4Ring<'static, 16, 256, 3>, 16, 1, 8>;
+    "sm_80" "prefill_int4_d192" prefill_int4_f16_d192(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 24, 256, 3>, 24, 24, 1, 8>, prefill::Config<Int4Ring<'static, 24, 256, 3>, 24, 1, 8>;
+    "sm_80" "prefill_int4_d192" prefill_int4_bf16_d192(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 24, 256, 3>, 24, 24, 1, 8>, prefill::Config<Int4Ring<'static, 24, 256, 3>, 24, 1, 8>;
+    "sm_80" "prefill_int4_d256" prefill_int4_f16_d256(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 32, 128, 3>, 32, 32, 1, 4>, prefill::Config<Int4Ring<'static, 32, 128, 3>, 32, 1, 4>;
+    "sm_80" "prefill_int4_d256" prefill_int4_bf16_d256(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 32, 128, 3>, 32, 32, 1, 4>, prefill::Config<Int4Ring<'static, 32, 128, 3>, 32, 1, 4>;
+    "sm_80" "decode_int4_d64" decode_int4_f16_d64(AttentionInt4Params) = decode::body::<F16, F16, Int4Ring<'_, 8, 128, 4>, 8, 2>, decode::Config<Int4Ring<'static, 8, 128, 4>, 8>;
+    "sm_80" "decode_int4_d64" decode_int4_bf16_d64(AttentionInt4Params) = decode::body::<BF16, F16, Int4Ring<'_, 8, 128, 4>, 8, 2>, decode::Config<Int4Ring<'static, 8, 128, 4>, 8>;
+    "sm_80" "decode_int4_d96" decode_int4_f16_d96(AttentionInt4Params) = decode::body::<F16, F16, Int4Ring<'_, 12, 128, 4>, 12, 3>, decode::Config<Int4Ring<'static, 12, 128, 4>, 12>;
+    "sm_80" "decode_int4_d96" decode_int4_bf16_d96(AttentionInt4Params) = decode::body::<BF16, F16, Int4Ring<'_, 12, 128, 4>, 12, 3>, decode::Config<Int4Ring<'static, 12, 128, 4>, 12>;
+    "sm_80" "decode_int4_d128" decode_int4_f16_d128(AttentionInt4Params) = decode::body::<F16, F16, Int4Ring<'_, 16, 128, 4>, 16, 4>, decode::Config<Int4Ring<'static, 16, 128, 4>, 16>;
+    "sm_80" "decode_int4_d128" decode_int4_bf16_d128(AttentionInt4Params) = decode::body::<BF16, F16, Int4Ring<'_, 16, 128, 4>, 16, 4>, decode::Config<Int4Ring<'static, 16, 128, 4>, 16>;
+    "sm_80" "decode_int4_d192" decode_int4_f16_d192(AttentionInt4Params) = decode::body::<F16, F16, Int4Ring<'_, 24, 128, 4>, 24, 6>, decode::Config<Int4Ring<'static, 24, 128, 4>, 24>;
+    "sm_80" "decode_int4_d192" decode_int4_bf16_d192(AttentionInt4Params) = decode::body::<BF16, F16, Int4Ring<'_, 24, 128, 4>, 24, 6>, decode::Config<Int4Ring<'static, 24, 128, 4>, 24>;
+    "sm_80" "decode_int4_d256" decode_int4_f16_d256(AttentionInt4Params) = decode::body::<F16, F16, Int4Ring<'_, 32, 128, 4>, 32, 8>, decode::Config<Int4Ring<'static, 32, 128, 4>, 32>;
+    "sm_80" "decode_int4_d256" decode_int4_bf16_d256(AttentionInt4Params) = decode::body::<BF16, F16, Int4Ring<'_, 32, 128, 4>, 32, 8>, decode::Config<Int4Ring<'static, 32, 128, 4>, 32>;
+    "sm_80" "merge" merge_partials_f16(MergePartialsParams) = merge_partials::body::<F16>, WarpPerRow;
+    "sm_80" "merge" merge_partials_bf16(MergePartialsParams) = merge_partials::body::<BF16>, WarpPerRow;
+    "sm_80" "merge" merge_states(MergeStatesParams) = merge_states::body, WarpPerRow;
+    "sm_80" "append_kv" append_kv(AppendParams) = append_kv::append, WarpPerRow;
+    "sm_80" "append_kv" page_summaries(SummaryParams) = append_kv::summaries, WarpPerRow;
+    "sm_80" "int4" append_tail_int4(Int4AppendParams) = int4::append_tail, WarpPerRow;
+    "sm_80" "int4" quantize_int4(Int4AppendParams) = int4::quantize, int4::QuantizeConfig;
+    "sm_80" "int4" dequantize_int4(Int4DequantParams) = int4::dequantize, WarpPerRow;
+    "sm_80" "select_pages" score_pages(SelectParams) = select_pages::score, WarpPerRow;
+    "sm_80" "select_pages" top_k_pages(SelectParams) = select_pages::top_k, select_pages::TopKConfig;
+    "sm_80" "layer" rms_norm(RmsNormParams) = layer::rms_norm, layer::Config;
+    "sm_80" "layer" silu_mul(SiluMulParams) = layer::silu_mul, layer::Config;
+    "sm_80" "layer" embedding(EmbeddingParams) = layer::embedding, layer::Config;
+    "sm_80" "sample" sample(SampleParams) = sample::body, sample::Config;
+    "sm_80" "conformance" conformance(ConformanceParams) = conformance::body, conformance::Config;
+    "sm_90a" "prefill_d64" prefill_sm90_f16_d64(PrefillSm90Params, at) = prefill_sm90::body::<F16, false, 128, 160, 8, 8, 20, 10, 8>, prefill_sm90::Layout<128, 160, 8, 8>;
+    "sm_90a" "prefill_d64" prefill_sm90_f16_d64_extras(PrefillSm90Params, at) = prefill_sm90::body::<F16, true, 128, 160, 8, 8, 20, 10, 8>, prefill_sm90::Layout<128, 160, 8, 8>;
+    "sm_90a" "prefill_d64" prefill_sm90_bf16_d64(PrefillSm90Params, at) = prefill_sm90::body::<BF16, false, 128, 160, 8, 8, 20, 10, 8>, prefill_sm90::Layout<128, 160, 8, 8>;
+    "sm_90a" "prefill_d64" prefill_sm90_bf16_d64_extras(PrefillSm90Params, at) = prefill_sm90::body::<BF16, true, 128, 160, 8, 8, 20, 10, 8>, prefill_sm90::Layout<128, 160, 8, 8>;
+    "sm_90a" "prefill_d96" prefill_sm90_f16_d96(PrefillSm90Params, at) = prefill_sm90::body::<F16, false, 128, 128, 12, 12, 16, 8, 12>, prefill_sm90::Layout<128, 128, 12, 12>;
+    "sm_90a" "prefill_d96" prefill_sm90_f16_d96_extras(PrefillSm90Params, at) = prefill_sm90::body::<F16, true, 128, 128, 12, 12, 16, 8, 12>, prefill_sm90::Layout<128, 128, 12, 12>;
+    "sm_90a" "prefill_d96" prefill_sm90_bf16_d96(PrefillSm90Params, at) = prefill_sm90::body::<BF16, false, 128, 128, 12, 12, 16, 8, 12>, prefill_sm90::Layout<128, 128, 12, 12>;
+    "sm_90a" "prefill_d96" prefill_sm90_bf16_d96_extras(PrefillSm90Params, at) = prefill_sm90::body::<BF16, true, 128, 128, 12, 12, 16, 8, 12>, prefill_sm90::Layout<128, 128, 12, 12>;
+    "sm_90a" "prefill_d128" prefill_sm90_f16_d128(PrefillSm90Params, at) = prefill_sm90::body::<F16, false, 128, 128, 16, 16, 16, 8, 16>, prefill_sm90::Layout<128, 128, 16, 16>;
+    "sm_90a" "prefill_d128" prefill_sm90_f16_d128_extras(PrefillSm90Params, at) = prefill_sm90::body::<F16, true, 128, 128, 16, 16, 16, 8, 16>, prefill_sm90::Layout<128, 128, 16, 16>;
+    "sm_90a" "prefill_d128" prefill_sm90_bf16_d128(PrefillSm90Params, at) = prefill_sm90::body::<BF16, false, 128, 128, 16, 16, 16, 8, 16>, prefill_sm90::Layout<128, 128, 16, 16>;
+    "sm_90a" "prefill_d128" prefill_sm90_bf16_d128_extras(PrefillSm90Params, at) = prefill_sm90::body::<BF16, true, 128, 128, 16, 16, 16, 8, 16>, prefill_sm90::Layout<128, 128, 16, 16>;
+    "sm_90a" "prefill_d192_128" prefill_sm90_f16_d192_128(PrefillSm90Params, at) = prefill_sm90::body::<F16, false, 128, 128, 24, 16, 16, 8, 16>, prefill_sm90::Layout<128, 128, 24, 16>;
+    "sm_90a" "prefill_d192_128" prefill_sm90_f16_d192_128_extras(PrefillSm90Params, at) = prefill_sm90::body::<F16, true, 128, 128, 24, 16, 16, 8, 16>, prefill_sm90::Layout<128, 128, 24, 16>;
+    "sm_90a" "prefill_d192_128" prefill_sm90_bf16_d192_128(PrefillSm90Params, at) = prefill_sm90::body::<BF16, false, 128, 128, 24, 16, 16, 8, 16>, prefill_sm90::Layout<128, 128, 24, 16>;
+    "sm_90a" "prefill_d192_128" prefill_sm90_bf16_d192_128_extras(PrefillSm90Params, at) = prefill_sm90::body::<BF16, true, 128, 128, 24, 16, 16, 8, 16>, prefill_sm90::Layout<128, 128, 24, 16>;
+    "sm_90a" "prefill_d192" prefill_sm90_f16_d192(PrefillSm90Params, at) = prefill_sm90::body::<F16, false, 128, 96, 24, 24, 12, 6, 24>, prefill_sm90::Layout<128, 96, 24, 24>;
+    "sm_90a" "prefill_d192" prefill_sm90_f16_d192_extras(PrefillSm90Params, at) = prefill_sm90::body::<F16, true, 128, 96, 24, 24, 12, 6, 24>, prefill_sm90::Layout<128, 96, 24, 24>;
+    "sm_90a" "prefill_d192" prefill_sm90_bf16_d192(PrefillSm90Params, at) = prefill_sm90::body::<BF16, false, 128, 96, 24, 24, 12, 6, 24>, prefill_sm90::Layout<128, 96, 24, 24>;
+    "sm_90a" "prefill_d192" prefill_sm90_bf16_d192_extras(PrefillSm90Params, at) = prefill_sm90::body::<BF16, true, 128, 96, 24, 24, 12, 6, 24>, prefill_sm90::Layout<128, 96, 24, 24>;
+    "sm_90a" "prefill_d256" prefill_sm90_f16_d256(PrefillSm90Params, at) = prefill_sm90::body::<F16, false, 128, 64, 32, 32, 8, 4, 32>, prefill_sm90::Layout<128, 64, 32, 32>;
+    "sm_90a" "prefill_d256" prefill_sm90_f16_d256_extras(PrefillSm90Params, at) = prefill_sm90::body::<F16, true, 128, 64, 32, 32, 8, 4, 32>, prefill_sm90::Layout<128, 64, 32, 32>;
+    "sm_90a" "prefill_d256" prefill_sm90_bf16_d256(PrefillSm90Params, at) = prefill_sm90::body::<BF16, false, 128, 64, 32, 32, 8, 4, 32>, prefill_sm90::Layout<128, 64, 32, 32>;
+    "sm_90a" "prefill_d256" prefill_sm90_bf16_d256_extras(PrefillSm90Params, at) = prefill_sm90::body::<BF16, true, 128, 64, 32, 32, 8, 4, 32>, prefill_sm90::Layout<128, 64, 32, 32>;
+    "sm_90a" "conformance" conformance_sm90(ConformanceSm90Params, at) = conformance_sm90::body, conformance_sm90::Config;
+    "sm_90a" "conformance" conformance_sm90_cluster(ConformanceSm90Params, at) = conformance_sm90::cluster, conformance_sm90::Cluster;
+    "sm_90a" "conformance" conformance_sm90_roles(ConformanceSm90Params, at) = conformance_sm90::roles, conformance_sm90::Roles;
+}
+
+#[cfg(all(test, not(target_arch = "nvptx64")))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hoppers_prefill_entries_are_the_tiles() {
+        let entries = || ENTRIES.iter().filter(|e| e.name.starts_with("prefill_sm90"));
+        assert_eq!(entries().count(), 4 * PREFILL_SM90.len());
+        for tile in PREFILL_SM90 {
+            let names = ["f16", "bf16"]
+                .map(|t| ["", "_extras"].map(|e| std::format!("prefill_sm90_{t}_{}{e}", tile.name)));
+            for name in names.as_flattened() {
+                let entry = entries().find(|e| e.name == name).unwrap();
+                assert_eq!(entry.threads as usize, 128 * (1 + tile.rows / 64));
+                let channels = tile.rows * tile.head_dim + 2 * tile.block * (tile.head_dim + tile.v_head_dim);
+                // Beside the tiles, items and barriers.
+                assert!(entry.shared_bytes as usize - 2 * channels < 512, "{name}");
+            }
+        }
+    }
 }

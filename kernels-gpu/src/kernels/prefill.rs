@@ -10,7 +10,7 @@ use crate::abi::{AttentionParams, KV_BLOCK, Sequence, WorkItem, prefill_rows};
 use crate::attn::mask;
 use crate::attn::output::{Accumulator, Output};
 use crate::attn::rows::{Place, load_item, token_head};
-use crate::attn::softmax::{Logits, Scores, State};
+use crate::attn::softmax::{Logits, Scores, State, rescale};
 use crate::isa;
 use crate::sched::{Source, section_end};
 use crate::tile::fragment::c_to_a;
@@ -58,7 +58,7 @@ pub(super) unsafe fn body<
     params: &'a S::Params,
 ) {
     let p = S::attention(params);
-    let (item, seq) = load_item(p);
+    let (item, seq) = load_item(p, isa::block_x());
     let (warp, lane) = (isa::thread_x() / 32, isa::thread_x() % 32);
     let q = SharedTile::<CHUNKS>::new(isa::shared_base());
     copy_q::<Io, T, CHUNKS>(p, &seq, &item, q, q_rows(CHUNKS), 32 * WARPS);
@@ -67,13 +67,21 @@ pub(super) unsafe fn body<
     let mut ring = unsafe { S::start(params, &seq, &item, ring_base) };
 
     let first_row = warp * 16 * M as u32;
-    // SAFETY: the shared-memory plan ends with it.
-    let place = unsafe { Place::publish(p, &item, &seq, ring_base + S::BYTES) };
+    // The shared-memory plan ends with it.
+    let place = Place::new(p, ring_base + S::BYTES);
+    if isa::thread_x() == 0 {
+        // SAFETY: the plan has room for it.
+        unsafe { place.write(isa::block_x(), &item, &seq) };
+    }
     let kv_end = item.kv_end;
     let rows = |m: usize| place.rows(first_row + 16 * m as u32);
     let logits = Logits::new(&p.score, p.alibi_slopes != 0);
     let output = Output { p, channel: 0, leads: true };
 
+    if item.kv_start == item.kv_end {
+        // Nothing is taken, with whose barrier the place would be there.
+        isa::bar_sync();
+    }
     let mut at = item.kv_start;
     loop {
         let end = section_end(p, &item, at);
@@ -83,7 +91,7 @@ pub(super) unsafe fn body<
             let k = ring.take_k(at);
             // Opaque: the loops' many shared addresses are computed where they are used.
             let lane = isa::opaque(lane);
-            let mut s: [Scores; M] = [[[0.0; 4]; 8]; M];
+            let mut s: [Scores<8>; M] = [[[0.0; 4]; 8]; M];
             // Loops of few steps, kept so: unrolled whole, the assembler loads fragments ahead until it is out of
             // registers. Channels past head_dim are zeros and left out.
             let mut chunk = 0;
@@ -110,16 +118,12 @@ pub(super) unsafe fn body<
             let mut weights = [[[0u32; 4]; 4]; M];
             for m in 0..M {
                 logits.apply(&mut s[m], &rows(m), at);
-                mask::hide(&rows(m), at, &mut s[m]);
+                mask::hide::<true, 8>(&rows(m), at, &mut s[m]);
                 let correction = state[m].step(&mut s[m], logits.factor);
                 for step in 0..4 {
                     weights[m][step] = c_to_a::<T>(s[m][2 * step], s[m][2 * step + 1]);
                 }
-                for tile in &mut o[m] {
-                    for i in 0..4 {
-                        tile[i] *= correction[i / 2];
-                    }
-                }
+                rescale(&mut o[m], correction);
             }
             // Tokens past the end have weight 0 and are left out.
             let mut token = 0;
@@ -141,7 +145,7 @@ pub(super) unsafe fn body<
         }
         let last = end == kv_end;
         for m in 0..M {
-            output.end_section::<Io, TILES>(end, &rows(m), state[m].reduced(logits.factor), &mut o[m]);
+            output.end_section::<Io, TILES>(end, &rows(m), state[m].reduced(), &mut o[m]);
         }
         if last {
             return;

@@ -3,6 +3,10 @@
 mod int4_ring;
 pub(crate) mod radix;
 mod ring;
+mod stages;
+mod walk;
 
 pub(crate) use int4_ring::Int4Ring;
 pub(crate) use ring::{Ring, Source, section_end};
+pub(crate) use stages::{Cursor, Stages};
+pub(crate) use walk::Walk;

@@ -157,11 +157,11 @@ impl Global<'_> {
         allocation.write(offset, &(x as u16).to_le_bytes(), now, false)
     }
 
-    pub(super) fn atomic_add(&mut self, at: u64, x: u32, now: Mark) -> Result<u32, String> {
+    pub(super) fn atomic(&mut self, at: u64, f: impl FnOnce(u32) -> u32, now: Mark) -> Result<u32, String> {
         let (allocation, offset) = self.locate(at, 4)?;
         let bytes = &allocation.data_mut()[offset..][..4];
         let old = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-        allocation.write(offset, &old.wrapping_add(x).to_le_bytes(), now, true)?;
+        allocation.write(offset, &f(old).to_le_bytes(), now, true)?;
         Ok(old)
     }
 }

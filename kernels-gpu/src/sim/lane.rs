@@ -1,4 +1,4 @@
-//! What an instruction of the running lane does to its CTA: the bodies behind `isa` on the host.
+//! What an instruction of the running lane does to its cluster: the bodies behind `isa` on the host.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -10,19 +10,26 @@ use std::vec::Vec;
 
 use corosensei::Yielder;
 
-use super::cta::Cta;
+use super::clock::{Clock, Stamp};
+use super::cluster::Cluster;
 use super::global::Mark;
-use super::shared::Stamp;
+use super::shared::{Actor, Flight};
 use super::warp::Exchange;
 
-/// A lane of the running CTA.
+/// A lane of the running cluster.
 pub(super) struct Lane {
     pub(super) ready: bool,
     pub(super) done: bool,
     /// Where it waits.
     pub(super) line: Option<&'static Location<'static>>,
-    /// Barrier of the CTA that it waits for; 0: none yet.
-    pub(super) waits_at_barrier: u32,
+    /// Number of the named barrier that it waits at.
+    pub(super) at_barrier: Option<u32>,
+    /// Whether it waits for registers.
+    pub(super) wants_registers: bool,
+    /// What came before what it does now.
+    pub(super) clock: Clock,
+    /// Its own time: goes on with everything that others may wait for.
+    pub(super) time: u32,
     yielder: *const Yielder<(), ()>,
     /// Copies since the last commit, and committed groups, oldest first.
     open: Vec<Copy>,
@@ -31,19 +38,27 @@ pub(super) struct Lane {
     pub(super) log: Vec<(u32, u32)>,
 }
 
-impl Default for Lane {
-    fn default() -> Self {
+impl Lane {
+    pub(super) fn new(clock: Clock) -> Self {
         Lane {
             ready: true,
             done: false,
             line: None,
-            waits_at_barrier: 0,
+            at_barrier: None,
+            wants_registers: false,
+            clock,
+            time: 1,
             yielder: ptr::null(),
             open: Vec::new(),
             groups: VecDeque::new(),
             log: Vec::new(),
         }
     }
+}
+
+/// Registers that each lane of a CTA has at its launch, where the CTA has an SM of its own.
+pub(super) fn launch_registers(threads: u32) -> u32 {
+    (65536 / threads / 8 * 8).min(256)
 }
 
 /// A `cp.async` on its way.
@@ -60,16 +75,18 @@ pub(crate) struct Here {
     pub(crate) thread: u32,
     pub(crate) block: [u32; 2],
     pub(crate) grid: [u32; 2],
+    /// In its cluster, of its CTA.
+    pub(crate) rank: u32,
 }
 
 std::thread_local! {
-    static CTA: Cell<*mut Cta<'static>> = const { Cell::new(ptr::null_mut()) };
+    static CLUSTER: Cell<*mut Cluster<'static>> = const { Cell::new(ptr::null_mut()) };
     static THREAD: Cell<usize> = const { Cell::new(0) };
 }
 
 /// Called before a lane is resumed.
-pub(super) fn set_current(cta: *mut Cta<'static>, thread: usize) {
-    CTA.set(cta);
+pub(super) fn set_current(cluster: *mut Cluster<'static>, thread: usize) {
+    CLUSTER.set(cluster);
     THREAD.set(thread);
 }
 
@@ -79,36 +96,43 @@ pub(super) fn current_thread() -> usize {
 
 /// Called first thing by a lane.
 pub(super) fn enter(thread: usize, yielder: &Yielder<(), ()>) {
-    with(|cta, _| cta.lanes[thread].yielder = yielder);
+    with(|c, _| c.lanes[thread].yielder = yielder);
 }
 
-/// The running CTA, for as long as `f` runs; `f` never suspends.
-fn with<R>(f: impl FnOnce(&mut Cta<'static>, usize) -> R) -> R {
-    let cta = CTA.get();
-    assert!(!cta.is_null(), "a kernel runs under sim::launch only");
-    // SAFETY: `set_current` was called with the CTA that drives this lane; the driver holds no reference into
+/// The running cluster, for as long as `f` runs; `f` never suspends.
+pub(super) fn with<R>(f: impl FnOnce(&mut Cluster<'static>, usize) -> R) -> R {
+    let cluster = CLUSTER.get();
+    assert!(!cluster.is_null(), "a kernel runs under sim::launch only");
+    // SAFETY: `set_current` was called with the cluster that drives this lane; the driver holds no reference into
     // it while a lane runs, and lanes run one at a time.
-    f(unsafe { &mut *cta }, THREAD.get())
+    f(unsafe { &mut *cluster }, THREAD.get())
 }
 
-fn suspend() {
-    let yielder = with(|cta, thread| cta.lanes[thread].yielder);
+pub(super) fn suspend() {
+    let yielder = with(|c, thread| c.lanes[thread].yielder);
     // SAFETY: set by `enter` on this lane's own stack, which is alive while the lane runs.
     unsafe { (*yielder).suspend(()) }
 }
 
 pub(crate) fn here() -> Here {
-    with(|cta, thread| Here { thread: thread as u32, block: cta.block, grid: cta.launch.grid })
+    with(|c, thread| {
+        let rank = c.rank(thread);
+        let thread = thread as u32 % c.launch.kernel.threads;
+        Here { thread, block: c.ctas[rank].block, grid: c.launch.grid, rank: rank as u32 }
+    })
 }
 
-impl Cta<'_> {
+impl Cluster<'_> {
+    /// The lane, as it is now.
     pub(super) fn stamp(&self, thread: usize) -> Stamp {
-        Stamp { lane: thread as u16, cta: self.epoch, warp: self.warps[thread / 32].epoch }
+        Stamp { agent: thread as u16, time: self.lanes[thread].time }
     }
 
-    fn mark(&self, thread: usize) -> Mark {
-        let index = self.block[1] * self.launch.grid[0] + self.block[0];
-        Mark::new(self.launch.number, index, thread as u32, self.epoch)
+    pub(super) fn mark(&self, thread: usize) -> Mark {
+        let rank = self.rank(thread);
+        let cta = &self.ctas[rank];
+        let index = cta.block[1] * self.launch.grid[0] + cta.block[0];
+        Mark::new(self.launch.number, index, thread as u32 % self.launch.kernel.threads, cta.epoch)
     }
 
     pub(super) fn check<T>(
@@ -119,6 +143,68 @@ impl Cta<'_> {
     ) -> T {
         result.unwrap_or_else(|what| self.raise(thread, Some(line), what))
     }
+
+    /// What the lane has done so far, for others; what it does from now on is later.
+    pub(super) fn release(&mut self, thread: usize) -> Clock {
+        let lane = &mut self.lanes[thread];
+        let released = lane.clock.with([(thread as u16, lane.time)].into_iter());
+        lane.time += 1;
+        released
+    }
+
+    /// Everything in `clock` came before what the lane does from now on.
+    pub(super) fn acquire(&mut self, thread: usize, clock: &Clock) {
+        let joined = self.joins.join(&self.lanes[thread].clock, clock);
+        self.lanes[thread].clock = joined;
+    }
+
+    /// All of these lanes meet: what each did came before what any of them does from now on.
+    pub(super) fn meet(&mut self, threads: &[usize]) {
+        let mut all = self.lanes[threads[0]].clock.clone();
+        for &thread in threads {
+            all = self.joins.join(&all, &self.lanes[thread].clock);
+        }
+        let all = all.with(threads.iter().map(|&t| (t as u16, self.lanes[t].time)));
+        for &thread in threads {
+            self.lanes[thread].clock = all.clone();
+            self.lanes[thread].time += 1;
+        }
+    }
+
+    /// The shared memory that an address of a lane is in, and the address there.
+    pub(super) fn window(&self, thread: usize, at: u32) -> (usize, u32) {
+        match at >> WINDOW_BITS {
+            0 => (self.rank(thread), at),
+            // Of a CTA that is not there: the lane's own finds the address out of bounds.
+            rank if rank as usize > self.ctas.len() => (self.rank(thread), at),
+            rank => (rank as usize - 1, at & ((1 << WINDOW_BITS) - 1)),
+        }
+    }
+
+    /// An access of a lane to shared memory.
+    fn access<T>(
+        &mut self,
+        thread: usize,
+        line: &'static Location<'static>,
+        at: u32,
+        bytes: u32,
+        f: impl FnOnce(&mut super::shared::Shared, u32, &Actor<'_>) -> Result<T, String>,
+    ) -> T {
+        let (rank, at) = self.window(thread, at);
+        let stamp = self.stamp(thread);
+        let Cluster { ctas, lanes, .. } = self;
+        let who = Actor { stamp, clock: &lanes[thread].clock, lane: Some(thread as u16) };
+        let result = f(&mut ctas[rank].shared, at, &who);
+        lanes[thread].log.push((at, bytes));
+        self.check(thread, line, result)
+    }
+}
+
+/// Addresses in the cluster's window: the CTA's rank and one, above these bits. Without, the lane's own CTA.
+const WINDOW_BITS: u32 = 24;
+
+pub(crate) fn map_shared(at: u32, rank: u32) -> u32 {
+    at | (rank + 1) << WINDOW_BITS
 }
 
 /// All lanes of a warp bring `args` to the same line; `model` computes what each takes away.
@@ -129,84 +215,49 @@ pub(crate) fn collective(
     model: impl FnOnce(&mut Exchange<'_>),
 ) -> [u32; 4] {
     let line = Location::caller();
-    let wait = with(|cta, thread| {
+    let wait = with(|c, thread| {
         let (w, lane) = (thread / 32, thread % 32);
-        let warp = &mut cta.warps[w];
+        let warp = &mut c.warps[w];
         match warp.at {
             Some((other_name, other_line)) if (other_name, other_line) != (name, line) => {
                 let what = format!(
                     "lanes of a warp diverge: this one is at {name}, others at {other_name}, {other_line}"
                 );
-                cta.raise(thread, Some(line), what)
+                c.raise(thread, Some(line), what)
             }
             _ => warp.at = Some((name, line)),
         }
         warp.args[lane][..args.len()].copy_from_slice(args);
         warp.arrived += 1;
         if warp.arrived < 32 {
-            cta.lanes[thread].line = Some(line);
+            c.lanes[thread].line = Some(line);
             return true;
         }
-        *cta.stats.collectives.entry(name).or_default() += 1;
-        cta.count_conflicts(w);
-        let mut exchange = Exchange::take(cta, w, line);
+        *c.stats.collectives.entry(name).or_default() += 1;
+        c.count_conflicts(w);
+        let mut exchange = Exchange::take(c, w, line);
         model(&mut exchange);
         exchange.give();
-        cta.warps[w].arrived = 0;
-        cta.warps[w].at = None;
-        cta.lanes[w * 32..w * 32 + 32].iter_mut().for_each(|l| l.ready = true);
-        cta.lanes[thread].ready = false;
+        c.warps[w].arrived = 0;
+        c.warps[w].at = None;
+        c.lanes[w * 32..w * 32 + 32].iter_mut().for_each(|l| l.ready = true);
+        c.lanes[thread].ready = false;
         false
     });
     if wait {
         suspend();
     }
-    with(|cta, thread| cta.warps[thread / 32].out[thread % 32])
+    with(|c, thread| c.warps[thread / 32].out[thread % 32])
 }
 
 #[track_caller]
 pub(crate) fn warp_sync() {
-    collective("bar.warp", &[], |w| w.next_epoch());
-}
-
-#[track_caller]
-pub(crate) fn barrier() {
-    let line = Location::caller();
-    let wait = with(|cta, thread| {
-        let w = thread / 32;
-        if let Some((name, other)) = cta.warps[w].at {
-            let what = format!("lanes of a warp diverge: this one is at bar.sync, others at {name}, {other}");
-            cta.raise(thread, Some(line), what);
-        }
-        let mut others = cta.lanes[w * 32..w * 32 + 32].iter().filter(|l| l.waits_at_barrier > cta.epoch);
-        if let Some(other) = others.find_map(|l| l.line.filter(|&l| l != line)) {
-            cta.raise(thread, Some(line), format!("a warp's lanes are at different barriers: {other}"));
-        }
-        if let Some(gone) = cta.lanes.iter().position(|l| l.done) {
-            cta.raise(thread, Some(line), format!("bar.sync after thread {gone} has returned"));
-        }
-        cta.at_barrier += 1;
-        cta.lanes[thread].line = Some(line);
-        if cta.at_barrier < cta.lanes.len() as u32 {
-            cta.lanes[thread].waits_at_barrier = cta.epoch + 1;
-            return true;
-        }
-        *cta.stats.collectives.entry("bar.sync").or_default() += 1;
-        (0..cta.warps.len()).for_each(|w| cta.count_conflicts(w));
-        cta.at_barrier = 0;
-        cta.epoch += 1;
-        cta.lanes.iter_mut().for_each(|l| l.ready = true);
-        cta.lanes[thread].ready = false;
-        false
-    });
-    if wait {
-        suspend();
-    }
+    collective("bar.warp", &[], |w| w.meet());
 }
 
 /// `N` words from global memory, first in an array of four.
-fn read_words<const N: usize>(cta: &mut Cta<'_>, from: u64, mark: Mark) -> Result<[u32; 4], String> {
-    let read = cta.global.read::<N>(from, mark)?;
+fn read_words<const N: usize>(c: &mut Cluster<'_>, from: u64, mark: Mark) -> Result<[u32; 4], String> {
+    let read = c.global.read::<N>(from, mark)?;
     let mut words = [0; 4];
     words[..N].copy_from_slice(&read);
     Ok(words)
@@ -215,150 +266,152 @@ fn read_words<const N: usize>(cta: &mut Cta<'_>, from: u64, mark: Mark) -> Resul
 #[track_caller]
 pub(crate) fn cp_async<const N: usize>(to: u32, from: u64, bytes: u32) {
     let line = Location::caller();
-    with(|cta, thread| {
-        let (stamp, mark) = (cta.stamp(thread), cta.mark(thread));
-        let departed = cta.shared.depart(to, N, stamp);
-        cta.check(thread, line, departed);
+    with(|c, thread| {
+        let mark = c.mark(thread);
+        let flight = Flight::Copy(thread as u16);
+        c.access(thread, line, to, 4 * N as u32, |shared, at, who| shared.depart(at, N, who, flight));
         // Drawn: the data is there at once, or only when it is waited for.
         let data = if bytes == 0 {
             Ok([0; 4])
         } else {
-            cta.stats.global_copied += 4 * N as u64;
-            let data = read_words::<N>(cta, from, mark);
-            let data = cta.check(thread, line, data);
-            if cta.rng.bits() & 1 == 0 { Ok(data) } else { Err(from) }
+            c.stats.global_copied += 4 * N as u64;
+            let data = read_words::<N>(c, from, mark);
+            let data = c.check(thread, line, data);
+            if c.rng.bits() & 1 == 0 { Ok(data) } else { Err(from) }
         };
+        let rank = c.rank(thread);
         if let Ok(data) = data {
-            cta.shared.arrive_early(to, &data[..N]);
+            c.ctas[rank].shared.arrive_early(to, &data[..N]);
         }
-        cta.lanes[thread].open.push(Copy { to, words: N, data });
-        cta.lanes[thread].log.push((to, 4 * N as u32));
+        c.lanes[thread].open.push(Copy { to, words: N, data });
     });
 }
 
 pub(crate) fn cp_async_commit() {
-    with(|cta, thread| {
-        let group = std::mem::take(&mut cta.lanes[thread].open);
-        cta.lanes[thread].groups.push_back(group);
+    with(|c, thread| {
+        let group = std::mem::take(&mut c.lanes[thread].open);
+        c.lanes[thread].groups.push_back(group);
     });
 }
 
 #[track_caller]
 pub(crate) fn cp_async_wait(pending: usize) {
     let line = Location::caller();
-    with(|cta, thread| {
-        while cta.lanes[thread].groups.len() > pending {
-            let group = cta.lanes[thread].groups.pop_front().unwrap_or_default();
-            let (stamp, mark) = (cta.stamp(thread), cta.mark(thread));
+    with(|c, thread| {
+        while c.lanes[thread].groups.len() > pending {
+            let group = c.lanes[thread].groups.pop_front().unwrap_or_default();
+            let (stamp, mark, rank) = (c.stamp(thread), c.mark(thread), c.rank(thread));
             for copy in group {
                 let data = match copy.data {
                     Ok(data) => data,
                     Err(from) => {
                         let data = match copy.words {
-                            1 => read_words::<1>(cta, from, mark),
-                            _ => read_words::<4>(cta, from, mark),
+                            1 => read_words::<1>(c, from, mark),
+                            _ => read_words::<4>(c, from, mark),
                         };
-                        cta.check(thread, line, data)
+                        c.check(thread, line, data)
                     }
                 };
-                cta.shared.land(copy.to, &data[..copy.words], stamp);
+                c.ctas[rank].shared.land(copy.to, &data[..copy.words], stamp, true);
             }
         }
+    });
+}
+
+/// The lane's stores so far are for the async proxy too.
+pub(crate) fn fence_proxy() {
+    with(|c, thread| {
+        let lane = &mut c.lanes[thread];
+        c.fences[thread].push(lane.time);
+        lane.time += 1;
     });
 }
 
 #[track_caller]
 pub(crate) fn read_shared<const N: usize>(at: u32) -> [u32; N] {
     let line = Location::caller();
-    with(|cta, thread| {
-        let stamp = cta.stamp(thread);
-        let read = cta.shared.read(at, stamp);
-        cta.lanes[thread].log.push((at, 4 * N as u32));
-        cta.check(thread, line, read)
-    })
+    with(|c, thread| c.access(thread, line, at, 4 * N as u32, |shared, at, who| shared.read(at, who)))
 }
 
 #[track_caller]
 pub(crate) fn write_shared<const N: usize>(at: u32, x: [u32; N]) {
     let line = Location::caller();
-    with(|cta, thread| {
-        let stamp = cta.stamp(thread);
-        let written = cta.shared.write(at, x, stamp);
-        cta.lanes[thread].log.push((at, 4 * N as u32));
-        cta.check(thread, line, written);
-    });
+    with(|c, thread| c.access(thread, line, at, 4 * N as u32, |shared, at, who| shared.write(at, x, who)));
 }
 
 #[track_caller]
-pub(crate) fn atom_add_shared(at: u32, x: u32) -> u32 {
+fn atomic_shared(at: u32, x: u64, words: usize) -> u64 {
     let line = Location::caller();
-    with(|cta, thread| {
-        let stamp = cta.stamp(thread);
-        let old = cta.shared.atomic_add(at, x as u64, 1, stamp);
-        cta.check(thread, line, old) as u32
+    with(|c, thread| {
+        let (rank, at) = c.window(thread, at);
+        let stamp = c.stamp(thread);
+        let who = Actor { stamp, clock: &c.lanes[thread].clock, lane: Some(thread as u16) };
+        let old = c.ctas[rank].shared.atomic_add(at, x, words, &who);
+        c.check(thread, line, old)
     })
 }
 
 #[track_caller]
+pub(crate) fn atom_add_shared(at: u32, x: u32) -> u32 {
+    atomic_shared(at, x as u64, 1) as u32
+}
+
+#[track_caller]
 pub(crate) fn atom_add_shared_u64(at: u32, x: u64) {
-    let line = Location::caller();
-    with(|cta, thread| {
-        let stamp = cta.stamp(thread);
-        let old = cta.shared.atomic_add(at, x, 2, stamp);
-        cta.check(thread, line, old);
-    });
+    atomic_shared(at, x, 2);
 }
 
 #[track_caller]
 pub(crate) fn read_global<const N: usize>(at: u64) -> [u32; N] {
     let line = Location::caller();
-    with(|cta, thread| {
-        cta.stats.global_read += 4 * N as u64;
-        let mark = cta.mark(thread);
-        let read = cta.global.read(at, mark);
-        cta.check(thread, line, read)
+    with(|c, thread| {
+        c.stats.global_read += 4 * N as u64;
+        let mark = c.mark(thread);
+        let read = c.global.read(at, mark);
+        c.check(thread, line, read)
     })
 }
 
 #[track_caller]
 pub(crate) fn write_global<const N: usize>(at: u64, x: [u32; N]) {
     let line = Location::caller();
-    with(|cta, thread| {
-        cta.stats.global_written += 4 * N as u64;
-        let mark = cta.mark(thread);
-        let written = cta.global.write(at, x, mark);
-        cta.check(thread, line, written);
+    with(|c, thread| {
+        c.stats.global_written += 4 * N as u64;
+        let mark = c.mark(thread);
+        let written = c.global.write(at, x, mark);
+        c.check(thread, line, written);
     });
 }
 
 #[track_caller]
 pub(crate) fn read_global_u16(at: u64) -> u32 {
     let line = Location::caller();
-    with(|cta, thread| {
-        cta.stats.global_read += 2;
-        let mark = cta.mark(thread);
-        let read = cta.global.read_u16(at, mark);
-        cta.check(thread, line, read)
+    with(|c, thread| {
+        c.stats.global_read += 2;
+        let mark = c.mark(thread);
+        let read = c.global.read_u16(at, mark);
+        c.check(thread, line, read)
     })
 }
 
 #[track_caller]
 pub(crate) fn write_global_u16(at: u64, x: u32) {
     let line = Location::caller();
-    with(|cta, thread| {
-        cta.stats.global_written += 2;
-        let mark = cta.mark(thread);
-        let written = cta.global.write_u16(at, x, mark);
-        cta.check(thread, line, written);
+    with(|c, thread| {
+        c.stats.global_written += 2;
+        let mark = c.mark(thread);
+        let written = c.global.write_u16(at, x, mark);
+        c.check(thread, line, written);
     });
 }
 
+/// The word becomes `f` of itself; gives the old one.
 #[track_caller]
-pub(crate) fn atom_add_global(at: u64, x: u32) -> u32 {
+pub(crate) fn atom_global(at: u64, f: impl FnOnce(u32) -> u32) -> u32 {
     let line = Location::caller();
-    with(|cta, thread| {
-        let mark = cta.mark(thread);
-        let old = cta.global.atomic_add(at, x, mark);
-        cta.check(thread, line, old)
+    with(|c, thread| {
+        let mark = c.mark(thread);
+        let old = c.global.atomic(at, f, mark);
+        c.check(thread, line, old)
     })
 }

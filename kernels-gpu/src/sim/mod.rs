@@ -1,29 +1,52 @@
 //! Runs kernels on the host, lane by lane.
 //!
-//! Every lane is a coroutine. A collective (barrier, shuffle, mma) suspends its lane until all lanes of the
-//! warp or CTA have come to the same call; then one model computes all results. Shared and global memory
-//! keep shadows: who wrote and read last, and under which barrier, so that a race, a read of unwritten bytes
-//! or of a copy still in flight, an access out of bounds or misaligned is a [`Fault`] that names kernel, CTA,
-//! lane and source line. CTAs run one after another in an order drawn from the seed, and so do warps inside;
-//! accesses of two CTAs to the same global bytes are a fault all the same, for on a GPU they have no order.
+//! Every lane is a coroutine. A collective (barrier, shuffle, `mma`, `wgmma`) suspends its lane until all lanes of the
+//! warp, warpgroup or CTA have come to the same call; then one model computes all results. Shared and global memory
+//! keep shadows, and every lane a vector clock: a race, a read of unwritten bytes or of a copy still in flight, an
+//! access out of bounds or misaligned is a [`Fault`] that names kernel, CTA, lane and source line.
+//!
+//! | what works beside the lanes | how it is modelled |
+//! |---|---|
+//! | `cp.async` | arrives at once or when it is waited for, as the seed draws |
+//! | bulk copies (TMA) | arrive between any two turns of the lanes, or when all wait; nobody may touch their target before a lane has waited for the mbarrier they count at |
+//! | `wgmma` | registers hold NaN until the group is waited for; what it reads may not be written before |
+//! | the async proxy | sees ordinary stores only after their lane's `fence.proxy.async`, known to who issues the operation |
+//! | clusters | all CTAs of one run together |
+//!
+//! Clusters run one after another in an order drawn from the seed, and so do warps inside; accesses of two CTAs to the
+//! same global bytes are a fault all the same, for on a GPU they have no order.
 //!
 //! What it does not see: a write to global memory that another lane has read before without a barrier between (of
-//! shared memory it does), and CTAs that wait for each other, which here would wait for ever: a deadlock.
+//! shared memory it does); global memory passed between lanes under an mbarrier or named barrier (a fault, though a GPU
+//! allows it); reads by lanes that bulk loads overwrite need an order but no proxy fence, as in practice; CTAs of
+//! different clusters that wait for each other, which here would wait for ever: a deadlock; grids that depend on each
+//! other run one after the other.
 
-mod cta;
+mod barrier;
+mod bulk;
+mod clock;
+mod cluster;
 mod global;
 mod lane;
 mod shared;
+mod tensor_map;
 mod warp;
+mod wgmma;
 
-pub use cta::{Kernel, Launch, launch};
+pub(crate) use barrier::{
+    bar_named, barrier, cluster_sync, mbarrier_arrive, mbarrier_init, mbarrier_try_wait,
+};
+pub(crate) use bulk::{bulk_commit, bulk_load, bulk_store, bulk_wait, tma_load, tma_store};
+pub use cluster::{Kernel, Launch, launch};
 pub use global::Memory;
 pub(crate) use lane::{
-    atom_add_global, atom_add_shared, atom_add_shared_u64, barrier, collective, cp_async, cp_async_commit,
-    cp_async_wait, here, read_global, read_global_u16, read_shared, warp_sync, write_global,
+    atom_add_shared, atom_add_shared_u64, atom_global, collective, cp_async, cp_async_commit, cp_async_wait,
+    fence_proxy, here, map_shared, read_global, read_global_u16, read_shared, warp_sync, write_global,
     write_global_u16, write_shared,
 };
-pub(crate) use warp::{bf16_value, f16_value, ldmatrix_x4, mma_m16n8k16};
+pub use tensor_map::encode;
+pub(crate) use warp::{bf16_value, f16_value, ldmatrix_x4, mma_m16n8k16, stmatrix_x4};
+pub(crate) use wgmma::{A, set_registers, wgmma, wgmma_commit, wgmma_fence, wgmma_wait};
 
 use std::collections::BTreeMap;
 use std::fmt;

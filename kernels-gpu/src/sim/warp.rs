@@ -1,14 +1,14 @@
 //! Warp-wide instructions: the rendezvous, bank conflicts, and the models of the tensor-core path.
 
 use std::panic::Location;
+use std::string::String;
 
-use super::cta::Cta;
+use super::cluster::Cluster;
+use super::shared::Actor;
 
 /// What a warp's lanes bring and take.
 #[derive(Default)]
 pub(super) struct Warp {
-    /// Barriers of the warp that have passed.
-    pub(super) epoch: u32,
     pub(super) arrived: u32,
     pub(super) at: Option<(&'static str, &'static Location<'static>)>,
     pub(super) args: [[u32; 10]; 32],
@@ -17,7 +17,7 @@ pub(super) struct Warp {
 
 /// A warp's arguments and results while a model runs.
 pub(crate) struct Exchange<'a> {
-    cta: &'a mut Cta<'static>,
+    cluster: &'a mut Cluster<'static>,
     warp: usize,
     line: &'static Location<'static>,
     pub(crate) args: [[u32; 10]; 32],
@@ -25,13 +25,17 @@ pub(crate) struct Exchange<'a> {
 }
 
 impl<'a> Exchange<'a> {
-    pub(super) fn take(cta: &'a mut Cta<'static>, warp: usize, line: &'static Location<'static>) -> Self {
-        let args = cta.warps[warp].args;
-        Exchange { cta, warp, line, args, out: [[0; 4]; 32] }
+    pub(super) fn take(
+        cluster: &'a mut Cluster<'static>,
+        warp: usize,
+        line: &'static Location<'static>,
+    ) -> Self {
+        let args = cluster.warps[warp].args;
+        Exchange { cluster, warp, line, args, out: [[0; 4]; 32] }
     }
 
     pub(super) fn give(self) {
-        self.cta.warps[self.warp].out = self.out;
+        self.cluster.warps[self.warp].out = self.out;
     }
 
     pub(crate) fn each(&mut self, f: impl Fn(&Self, usize) -> [u32; 4]) {
@@ -40,8 +44,30 @@ impl<'a> Exchange<'a> {
         }
     }
 
-    pub(crate) fn next_epoch(&mut self) {
-        self.cta.warps[self.warp].epoch += 1;
+    /// What the warp's lanes did came before what any of them does from now on.
+    pub(crate) fn meet(&mut self) {
+        let lanes: [usize; 32] = core::array::from_fn(|i| self.warp * 32 + i);
+        self.cluster.meet(&lanes);
+    }
+
+    /// The lane that `elect` chooses.
+    pub(crate) fn elected(&self) -> usize {
+        self.cluster.elected
+    }
+
+    /// Runs `f` on the shared memory that lane `lane`'s address is in.
+    fn shared<T>(
+        &mut self,
+        lane: usize,
+        at: u32,
+        f: impl FnOnce(&mut super::shared::Shared, u32, &Actor<'_>) -> Result<T, String>,
+    ) -> T {
+        let thread = self.warp * 32 + lane;
+        let (rank, at) = self.cluster.window(thread, at);
+        let stamp = self.cluster.stamp(thread);
+        let who = Actor { stamp, clock: &self.cluster.lanes[thread].clock, lane: Some(thread as u16) };
+        let result = f(&mut self.cluster.ctas[rank].shared, at, &who);
+        self.cluster.check(thread, self.line, result)
     }
 }
 
@@ -103,11 +129,8 @@ pub(crate) fn ldmatrix_x4(w: &mut Exchange<'_>, transposed: bool) {
         let mut used = [0u32; 8];
         for (r, row) in rows.iter_mut().enumerate() {
             let lane = 8 * matrix + r;
-            let thread = w.warp * 32 + lane;
             let at = w.args[lane][0];
-            let stamp = w.cta.stamp(thread);
-            let read = w.cta.shared.read(at, stamp);
-            *row = w.cta.check(thread, w.line, read);
+            *row = w.shared(lane, at, |shared, at, who| shared.read(at, who));
             used[(at / 16) as usize % 8] += 1;
         }
         banks[matrix] = used.into_iter().max().unwrap_or(1);
@@ -121,12 +144,31 @@ pub(crate) fn ldmatrix_x4(w: &mut Exchange<'_>, transposed: bool) {
             };
         }
     }
-    w.cta.stats.shared_accesses += 1;
-    w.cta.stats.shared_cycles += banks.iter().map(|&b| b as u64).sum::<u64>();
-    w.cta.stats.shared_cycles_ideal += 4;
+    w.cluster.stats.shared_accesses += 1;
+    w.cluster.stats.shared_cycles += banks.iter().map(|&b| b as u64).sum::<u64>();
+    w.cluster.stats.shared_cycles_ideal += 4;
 }
 
-impl Cta<'_> {
+/// [`ldmatrix_x4`] the other way.
+pub(crate) fn stmatrix_x4(w: &mut Exchange<'_>) {
+    let mut banks = 0;
+    for matrix in 0..4 {
+        let mut used = [0u64; 8];
+        for r in 0..8 {
+            let (lane, element) = (8 * matrix + r, |c: usize| w.args[4 * r + c / 2][1 + matrix]);
+            let row = [0, 2, 4, 6].map(element);
+            let at = w.args[lane][0];
+            w.shared(lane, at, |shared, at, who| shared.write(at, row, who));
+            used[(at / 16) as usize % 8] += 1;
+        }
+        banks += used.into_iter().max().unwrap_or(1);
+    }
+    w.cluster.stats.shared_accesses += 1;
+    w.cluster.stats.shared_cycles += banks;
+    w.cluster.stats.shared_cycles_ideal += 4;
+}
+
+impl Cluster<'_> {
     /// Looks at the shared accesses of a warp since its last collective, access by access. Where lanes made
     /// different numbers of them, which belong together is not known, and they are left out.
     pub(super) fn count_conflicts(&mut self, warp: usize) {

@@ -13,6 +13,24 @@ pub trait Half: Copy + 'static {
     /// `D[16, 8] += A[16, 16] B[16, 8]`.
     #[track_caller]
     fn mma(d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]);
+    /// `D[64, 8 T] = A[64, 16] B[16, 8 T]` by a warpgroup, both along k in shared memory.
+    ///
+    /// # Safety
+    /// See [`isa::wgmma_first`].
+    #[track_caller]
+    unsafe fn wgmma_first<const T: usize>(a: u64, b: u64) -> [[f32; 4]; T];
+    /// `D += A B`, as [`Half::wgmma_first`].
+    ///
+    /// # Safety
+    /// See [`isa::wgmma`].
+    #[track_caller]
+    unsafe fn wgmma<const T: usize>(d: &mut [[f32; 4]; T], a: u64, b: u64);
+    /// `D += A B` with A in registers and B along n in shared memory.
+    ///
+    /// # Safety
+    /// See [`isa::wgmma_registers`].
+    #[track_caller]
+    unsafe fn wgmma_registers<const T: usize>(d: &mut [[f32; 4]; T], a: [u32; 4], b: u64);
 }
 
 /// IEEE half.
@@ -39,6 +57,24 @@ impl Half for F16 {
     fn mma(d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
         isa::mma_f16(d, a, b);
     }
+    #[inline(always)]
+    #[track_caller]
+    unsafe fn wgmma_first<const T: usize>(a: u64, b: u64) -> [[f32; 4]; T] {
+        // SAFETY: the caller's promise.
+        unsafe { isa::wgmma_first::<T, false, 0, 0>(a, b) }
+    }
+    #[inline(always)]
+    #[track_caller]
+    unsafe fn wgmma<const T: usize>(d: &mut [[f32; 4]; T], a: u64, b: u64) {
+        // SAFETY: the caller's promise.
+        unsafe { isa::wgmma::<T, false, 0, 0>(d, a, b) }
+    }
+    #[inline(always)]
+    #[track_caller]
+    unsafe fn wgmma_registers<const T: usize>(d: &mut [[f32; 4]; T], a: [u32; 4], b: u64) {
+        // SAFETY: the caller's promise.
+        unsafe { isa::wgmma_registers::<T, false, 1>(d, a, b) }
+    }
 }
 
 impl Half for BF16 {
@@ -56,5 +92,23 @@ impl Half for BF16 {
     #[track_caller]
     fn mma(d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
         isa::mma_bf16(d, a, b);
+    }
+    #[inline(always)]
+    #[track_caller]
+    unsafe fn wgmma_first<const T: usize>(a: u64, b: u64) -> [[f32; 4]; T] {
+        // SAFETY: the caller's promise.
+        unsafe { isa::wgmma_first::<T, true, 0, 0>(a, b) }
+    }
+    #[inline(always)]
+    #[track_caller]
+    unsafe fn wgmma<const T: usize>(d: &mut [[f32; 4]; T], a: u64, b: u64) {
+        // SAFETY: the caller's promise.
+        unsafe { isa::wgmma::<T, true, 0, 0>(d, a, b) }
+    }
+    #[inline(always)]
+    #[track_caller]
+    unsafe fn wgmma_registers<const T: usize>(d: &mut [[f32; 4]; T], a: [u32; 4], b: u64) {
+        // SAFETY: the caller's promise.
+        unsafe { isa::wgmma_registers::<T, true, 1>(d, a, b) }
     }
 }

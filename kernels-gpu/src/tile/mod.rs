@@ -4,7 +4,9 @@ pub(crate) mod elements;
 pub mod fragment;
 mod half_type;
 pub(crate) mod int4;
+mod panels;
 mod shared_tile;
 
 pub use half_type::{BF16, F16, Half};
+pub use panels::{Panels, Pending};
 pub use shared_tile::SharedTile;

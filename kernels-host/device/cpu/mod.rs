@@ -24,7 +24,7 @@ use super::host::Memory;
 use super::{DeviceId, Storage};
 use crate::error::{Error, Result};
 use crate::op::append_kv::AppendPlan;
-use crate::plan::{Plan, Schedule};
+use crate::plan::{Batch, Plan, Schedule, Splits};
 use crate::spec::AttentionSpec;
 use ferroflash_kernels::abi::partial_stride;
 pub use simd::SimdLevel;
@@ -120,8 +120,8 @@ impl Backend for Cpu {
         format!("cpu, {} threads, {:?}", self.workers(), self.level)
     }
 
-    fn schedule(&self, _: usize) -> Schedule {
-        Schedule { row_tile: ROW_TILE, workers: self.workers(), scratch: false }
+    fn schedule(&self, _: &AttentionSpec, _: &Batch<'_>, _: Splits) -> Schedule {
+        Schedule { row_tile: ROW_TILE, workers: self.workers(), ..Schedule::default() }
     }
 
     fn synchronize(&self) -> Result<()> {

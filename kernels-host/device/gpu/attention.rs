@@ -56,6 +56,8 @@ pub(super) struct Workspace {
     tree_mask: usize,
     alibi_slopes: usize,
     sink_logits: usize,
+    /// A counter, 0 between launches.
+    next_item: usize,
     /// Everything before is uploaded.
     partials: usize,
     pub(super) bytes: usize,
@@ -75,6 +77,7 @@ impl Workspace {
             tree_mask: place(4 * plan.tree_mask.len()),
             alibi_slopes: place(floats(&spec.alibi_slopes)),
             sink_logits: place(floats(&spec.sink_logits)),
+            next_item: place(4),
             partials: place(0),
             bytes: 0,
         };
@@ -117,7 +120,8 @@ impl Gpu {
         let out_view = out.as_view();
         let dtype = same_half(op, &[("q", &q), ("out", &out_view)])?;
         aligned(op, "q", &q, 16)?;
-        aligned(op, "out", &out_view, 4)?;
+        // Hopper's kernels write 16 bytes at a time.
+        aligned(op, "out", &out_view, if plan.hopper { 16 } else { 4 })?;
         let (k, v) = match &kv {
             Kv::Ragged { k, v } | Kv::Paged { k, v } => {
                 same_half(op, &[("q", &q), ("k", k), ("v", v)])?;
@@ -159,8 +163,9 @@ impl Gpu {
             reserved: 0,
         };
         let few = plan.items.iter().filter(|i| is_few(i)).count();
-        let parts = [(few, &DECODE, &DECODE_INT4), (plan.items.len() - few, &PREFILL, &PREFILL_INT4)];
-        for (count, family, family_int4) in parts {
+        let many = plan.items.len() - few;
+        let parts = [(few, &DECODE, &DECODE_INT4, false), (many, &PREFILL, &PREFILL_INT4, plan.hopper)];
+        for (count, family, family_int4, hopper) in parts {
             match &kv {
                 Kv::Int4(pages) => {
                     let v_group = int4_v_group(spec.head_dim);
@@ -171,6 +176,10 @@ impl Gpu {
                         v_groups: (spec.head_dim / v_group) as u32,
                     };
                     self.launch(entry(family_int4, dtype, spec.head_dim), [count, 1], words(&params))?;
+                }
+                _ if hopper => {
+                    let next_item = at(workspace.next_item);
+                    self.launch_prefill_sm90(spec, plan, &params, (&q, &kv), next_item, count)?;
                 }
                 _ => self.launch(entry(family, dtype, spec.head_dim), [count, 1], words(&params))?,
             }

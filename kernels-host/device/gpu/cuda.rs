@@ -13,13 +13,42 @@ use cudarc::driver::sys::{
 };
 use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, DriverError, result};
 
-use super::driver::{Driver, Launch};
+use ferroflash_kernels::abi::{TensorMap, TensorMapSpec};
+
+use super::driver::{Driver, Hopper, Launch};
 use super::ptx;
 use crate::device::DeviceId;
 use crate::error::{Error, Result};
 
 /// Oldest GPU that the kernels run on: compute capability 8.0, Ampere.
 const MIN_CAPABILITY: (i32, i32) = (8, 0);
+
+/// The one GPU that runs `sm_90a` kernels: compute capability 9.0.
+const HOPPER: (i32, i32) = (9, 0);
+
+/// `cuTensorMapEncodeTiled` (CUDA driver API, from 12.0 on): looked for by its name, so that the crate builds and runs with
+/// older bindings and drivers too.
+#[derive(Clone, Copy)]
+struct EncodeTiled(
+    unsafe extern "C" fn(
+        map: *mut AlignedMap,
+        data_type: u32,
+        rank: u32,
+        address: *mut c_void,
+        dims: *const u64,
+        strides: *const u64,
+        box_dims: *const u32,
+        element_strides: *const u32,
+        interleave: u32,
+        swizzle: u32,
+        l2_promotion: u32,
+        fill: u32,
+    ) -> u32,
+);
+
+/// Where the driver writes a tensor map.
+#[repr(C, align(128))]
+struct AlignedMap(TensorMap);
 
 static NEXT_STREAM: AtomicU64 = AtomicU64::new(0);
 
@@ -31,6 +60,7 @@ pub(crate) struct CudaDriver {
     processors: usize,
     /// Most dynamic shared memory that a CTA may have.
     max_shared: u32,
+    hopper: Option<(Hopper, EncodeTiled)>,
     modules: Vec<OnceLock<Result<Module>>>,
     functions: Vec<OnceLock<Result<Function>>>,
     staging: Mutex<Staging>,
@@ -66,20 +96,29 @@ fn words(error: DriverError) -> String {
     format!("{name}: {text}")
 }
 
-/// Whether the driver's library is there; `cudarc` would panic on the first call where it is not.
-fn probe() -> Result<()> {
+/// The driver's library, if it is there; `cudarc` would panic on the first call where it is not.
+fn library() -> Result<libloading::Library> {
     let names: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so.1", "libcuda.so"] };
     // SAFETY: the library is the CUDA driver's, whose initialisers a program that uses CUDA runs anyway.
-    if names.iter().any(|name| unsafe { libloading::Library::new(*name) }.is_ok()) {
-        return Ok(());
+    let found = names.iter().find_map(|name| unsafe { libloading::Library::new(*name) }.ok());
+    found.ok_or_else(|| {
+        let why = format!("no CUDA driver: none of {names:?} can be loaded");
+        Error::Unavailable { device: "cuda".into(), why }
+    })
+}
+
+impl EncodeTiled {
+    fn find() -> Option<Self> {
+        let library = library().ok()?;
+        // SAFETY: the symbol has the type that the driver API gives it; the library stays loaded, for `cudarc` has
+        // loaded it for good.
+        unsafe { library.get(b"cuTensorMapEncodeTiled\0").ok().map(|f| EncodeTiled(*f)) }
     }
-    let why = format!("no CUDA driver: none of {names:?} can be loaded");
-    Err(Error::Unavailable { device: "cuda".into(), why })
 }
 
 impl CudaDriver {
     pub(crate) fn new(ordinal: usize) -> Result<Self> {
-        probe()?;
+        library()?;
         let unavailable = |e| Error::Unavailable { device: format!("cuda:{ordinal}"), why: words(e) };
         let context = CudaContext::new(ordinal).map_err(unavailable)?;
         let stream = context.new_stream().map_err(unavailable)?;
@@ -100,14 +139,19 @@ impl CudaDriver {
         let name = context.name().map_err(|e| unavailable(words(e)))?;
         let processors = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let max_shared = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        let l2_bytes = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?.max(0) as usize;
+        // With a driver too old for tensor maps Hopper is a newer Ampere.
+        let hopper = if capability == HOPPER { EncodeTiled::find() } else { None };
+        let kernels = if hopper.is_some() { "sm_90a and sm_80" } else { "sm_80" };
         let driver = CudaDriver {
             id: DeviceId::Cuda { ordinal, stream: NEXT_STREAM.fetch_add(1, Ordering::Relaxed) },
             description: format!(
-                "{name}, compute capability {}.{}, sm_80 kernels",
+                "{name}, compute capability {}.{}, {kernels} kernels",
                 capability.0, capability.1
             ),
             processors: processors.max(1) as usize,
             max_shared: max_shared.max(0) as u32,
+            hopper: hopper.map(|encode| (Hopper { l2_bytes }, encode)),
             modules: ptx::MODULES.iter().map(|_| OnceLock::new()).collect(),
             functions: ptx::ENTRIES.iter().map(|_| OnceLock::new()).collect(),
             staging: Mutex::default(),
@@ -305,6 +349,51 @@ impl Driver for CudaDriver {
         let copied = unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) };
         self.named("cuMemcpyDtoHAsync", copied)?;
         self.named("cuStreamSynchronize", self.stream.synchronize())
+    }
+
+    fn hopper(&self) -> Option<Hopper> {
+        self.hopper.map(|(hopper, _)| hopper)
+    }
+
+    fn tensor_map(&self, spec: &TensorMapSpec) -> Result<TensorMap> {
+        let call = "cuTensorMapEncodeTiled";
+        spec.check().map_err(|why| self.error(call, why.into()))?;
+        let Some((_, EncodeTiled(encode))) = self.hopper else {
+            return Err(self.error(call, "this GPU has no tensor maps".into()));
+        };
+        // Values of the driver's enumerations.
+        const UINT16: u32 = 1;
+        const NOT_INTERLEAVED: u32 = 0;
+        const L2_PROMOTION_256: u32 = 3;
+        const FILL_WITH_ZEROS: u32 = 0;
+        let swizzle = match spec.swizzle_bytes {
+            32 => 1,
+            64 => 2,
+            128 => 3,
+            _ => 0,
+        };
+        let mut map = AlignedMap(TensorMap([0; 16]));
+        // SAFETY: all pointers are to arrays of at least `rank` entries; the address is only noted down.
+        let result = unsafe {
+            encode(
+                &mut map,
+                UINT16,
+                spec.rank,
+                spec.base as *mut c_void,
+                spec.dims.as_ptr(),
+                spec.strides.as_ptr(),
+                spec.box_dims.as_ptr(),
+                [1u32; 5].as_ptr(),
+                NOT_INTERLEAVED,
+                swizzle,
+                L2_PROMOTION_256,
+                FILL_WITH_ZEROS,
+            )
+        };
+        if result != 0 {
+            return Err(self.error(call, format!("CUresult {result} for {spec:?}")));
+        }
+        Ok(map.0)
     }
 
     fn launch(&self, launch: Launch<'_>) -> Result<()> {

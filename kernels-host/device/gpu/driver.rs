@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use ferroflash_kernels::abi::Plain;
+use ferroflash_kernels::abi::{Plain, TensorMap, TensorMapSpec};
 
 use crate::device::DeviceId;
 use crate::error::Result;
@@ -29,8 +29,19 @@ pub(crate) trait Driver: Send + Sync {
     /// Waits for all work before.
     fn download(&self, from: u64, to: &mut [u8]) -> Result<()>;
     fn launch(&self, launch: Launch<'_>) -> Result<()>;
+    /// What Hopper's kernels need to know, where they run here.
+    fn hopper(&self) -> Option<Hopper>;
+    /// How the copy engine finds boxes of a tensor; on Hopper.
+    fn tensor_map(&self, spec: &TensorMapSpec) -> Result<TensorMap>;
     /// Waits for all work before.
     fn synchronize(&self) -> Result<()>;
+}
+
+/// A GPU that runs `sm_90a` kernels.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Hopper {
+    /// Bytes of the L2 cache.
+    pub(crate) l2_bytes: usize,
 }
 
 /// A parameter struct as words.

@@ -7,6 +7,7 @@ mod cuda;
 mod driver;
 mod layer;
 mod params;
+mod prefill_sm90;
 #[cfg(feature = "cuda")]
 mod ptx;
 mod select;
@@ -24,13 +25,13 @@ pub(crate) use driver::{DeviceMemory, Driver};
 #[cfg(feature = "sim")]
 pub(crate) use sim::SimDriver;
 
-use ferroflash_kernels::abi::{ConformanceParams, prefill_rows};
+use ferroflash_kernels::abi::{ConformanceParams, TensorMapSpec, prefill_rows};
 
 use super::backend::*;
 use super::{DeviceId, Storage};
 use crate::error::Result;
 use crate::op::append_kv::AppendPlan;
-use crate::plan::{Plan, Schedule};
+use crate::plan::{Batch, Plan, Schedule, Splits};
 use crate::spec::AttentionSpec;
 
 /// CTAs that a plan should give each multiprocessor.
@@ -59,11 +60,22 @@ impl Backend for Gpu {
         self.driver.description()
     }
 
-    fn schedule(&self, head_dim: usize) -> Schedule {
+    fn schedule(&self, spec: &AttentionSpec, batch: &Batch<'_>, splits: Splits) -> Schedule {
+        let processors = self.driver.processors();
+        if let Some((hopper, rows)) = self.driver.hopper().zip(prefill_sm90::rows(spec, batch, splits)) {
+            return Schedule {
+                row_tile: rows,
+                workers: processors,
+                scratch: false,
+                hopper: true,
+                cache_bytes: hopper.l2_bytes,
+            };
+        }
         Schedule {
-            row_tile: prefill_rows(head_dim),
-            workers: CTAS_PER_PROCESSOR * self.driver.processors(),
+            row_tile: prefill_rows(spec.head_dim),
+            workers: CTAS_PER_PROCESSOR * processors,
             scratch: true,
+            ..Schedule::default()
         }
     }
 
@@ -133,6 +145,10 @@ impl Backend for Gpu {
         Some(self.conformance(op, input))
     }
 
+    fn run_conformance_sm90(&self, call: &ConformanceSm90<'_>) -> Option<Result<Vec<u32>>> {
+        self.driver.hopper().map(|_| self.conformance_sm90(call))
+    }
+
     fn rms_norm(&self, call: RmsNormCall<'_>) -> Result<()> {
         self.run_rms_norm(call)
     }
@@ -166,6 +182,29 @@ impl Gpu {
         self.driver.download(output_at, bytemuck::cast_slice_mut(&mut output))?;
         self.driver.download(sum_at, &mut sum)?;
         Ok((output, u32::from_le_bytes(sum)))
+    }
+}
+
+impl Gpu {
+    fn conformance_sm90(&self, call: &ConformanceSm90<'_>) -> Result<Vec<u32>> {
+        let [input, output] = [call.input, call.output].map(|words| -> Result<DeviceMemory> {
+            let memory = self.memory(4 * words.len())?;
+            self.driver.upload(bytemuck::cast_slice(words), memory.at())?;
+            Ok(memory)
+        });
+        let (input, output) = (input?, output?);
+        let mut params = call.params;
+        (params.input, params.output) = (input.at(), output.at());
+        if let Some([from, to]) = call.tensors {
+            let map = |spec: TensorMapSpec, base| {
+                self.driver.tensor_map(&TensorMapSpec { base: base + spec.base, ..spec })
+            };
+            params.maps = [map(from, input.at())?, map(to, output.at())?];
+        }
+        self.launch(call.entry, [call.grid as usize, 1], driver::words(&params))?;
+        let mut words = vec![0u32; call.output.len()];
+        self.driver.download(output.at(), bytemuck::cast_slice_mut(&mut words))?;
+        Ok(words)
     }
 }
 

@@ -51,7 +51,9 @@ mod tests {
         let built: Vec<_> = ENTRIES.iter().map(names).collect();
         let source: Vec<_> = ferroflash_kernels::kernels::ENTRIES
             .iter()
-            .map(|e| (e.name, format!("{}_sm_80.ptx", e.family), e.threads, e.shared_bytes, e.params_bytes))
+            .map(|e| {
+                (e.name, format!("{}_{}.ptx", e.family, e.target), e.threads, e.shared_bytes, e.params_bytes)
+            })
             .collect();
         assert_eq!(built.len(), source.len());
         for (b, s) in built.iter().zip(&source) {

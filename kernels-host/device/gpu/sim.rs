@@ -3,10 +3,11 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use ferroflash_kernels::abi::{TensorMap, TensorMapSpec};
 use ferroflash_kernels::kernels::ENTRIES;
 use ferroflash_kernels::sim::{self, Kernel, Memory, Stats};
 
-use super::driver::{Driver, Launch};
+use super::driver::{Driver, Hopper, Launch};
 use crate::device::DeviceId;
 use crate::error::{Error, Result};
 
@@ -16,16 +17,18 @@ static NEXT: AtomicU64 = AtomicU64::new(0);
 pub(crate) struct SimDriver {
     number: u64,
     seed: u64,
+    hopper: bool,
     memory: Memory,
     launches: AtomicU64,
     stats: Mutex<Stats>,
 }
 
 impl SimDriver {
-    pub(crate) fn new(seed: u64) -> Self {
+    pub(crate) fn new(seed: u64, hopper: bool) -> Self {
         SimDriver {
             number: NEXT.fetch_add(1, Ordering::Relaxed),
             seed,
+            hopper,
             memory: Memory::default(),
             launches: AtomicU64::new(0),
             stats: Mutex::default(),
@@ -47,7 +50,8 @@ impl Driver for SimDriver {
     }
 
     fn description(&self) -> String {
-        format!("simulated GPU, sm_80 kernels, seed {}", self.seed)
+        let kernels = if self.hopper { "sm_90a and sm_80" } else { "sm_80" };
+        format!("simulated GPU, {kernels} kernels, seed {}", self.seed)
     }
 
     fn processors(&self) -> usize {
@@ -79,6 +83,7 @@ impl Driver for SimDriver {
         let kernel = Kernel {
             name: entry.name,
             threads: entry.threads,
+            cluster: entry.cluster,
             shared_bytes: entry.shared_bytes,
             run: entry.run,
         };
@@ -88,6 +93,15 @@ impl Driver for SimDriver {
             sim::launch(&self.memory, &job).map_err(|fault| self.error(entry.name, fault.to_string()))?;
         self.stats.lock().unwrap_or_else(PoisonError::into_inner).add(&stats);
         Ok(())
+    }
+
+    fn hopper(&self) -> Option<Hopper> {
+        // A small cache, so that plans of small tests have several sections.
+        self.hopper.then_some(Hopper { l2_bytes: 256 << 10 })
+    }
+
+    fn tensor_map(&self, spec: &TensorMapSpec) -> Result<TensorMap> {
+        sim::encode(spec).map_err(|why| self.error("tensor map", why))
     }
 
     fn synchronize(&self) -> Result<()> {

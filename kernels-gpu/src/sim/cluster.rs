@@ -1,4 +1,5 @@
-//! A launch: CTAs in drawn order, the lanes of each as coroutines.
+//! A launch: clusters in drawn order, the lanes of each as coroutines beside the work that copies and products do by
+//! themselves.
 
 use std::any::Any;
 use std::cell::RefCell;
@@ -10,10 +11,14 @@ use std::vec::Vec;
 use corosensei::stack::DefaultStack;
 use corosensei::{Coroutine, CoroutineResult};
 
+use super::barrier::Barriers;
+use super::bulk::Bulk;
+use super::clock::{Agents, Clock, Joins};
 use super::global::Global;
 use super::lane::{self, Lane};
 use super::shared::Shared;
 use super::warp::Warp;
+use super::wgmma::Warpgroup;
 use super::{Fault, Memory, Rng, Stats};
 
 /// Host stack of one lane; taken from the system as it is used.
@@ -26,6 +31,8 @@ pub struct Kernel {
     pub name: &'static str,
     /// Lanes of a CTA, a multiple of 32.
     pub threads: u32,
+    /// CTAs of a cluster, side by side in x.
+    pub cluster: u32,
     /// Bytes of dynamic shared memory.
     pub shared_bytes: u32,
     /// One lane's run; the argument points to the parameter struct.
@@ -36,7 +43,7 @@ pub struct Kernel {
 pub struct Launch<'a> {
     /// The entry.
     pub kernel: Kernel,
-    /// CTAs in x and y.
+    /// CTAs in x and y; x a multiple of the cluster.
     pub grid: [u32; 2],
     /// Bytes of the parameter struct, 8-byte aligned.
     pub params: &'a [u64],
@@ -46,19 +53,39 @@ pub struct Launch<'a> {
     pub number: u64,
 }
 
-/// A running CTA. Lanes reach it by a raw pointer, one at a time.
-pub(super) struct Cta<'a> {
-    pub(super) launch: &'a Launch<'a>,
+/// A CTA of the running cluster.
+pub(super) struct Cta {
     pub(super) block: [u32; 2],
+    pub(super) shared: Shared,
+    pub(super) barriers: Barriers,
+    /// Barriers of all its lanes that have passed.
+    pub(super) epoch: u32,
+    /// Registers that no warpgroup has.
+    pub(super) free_registers: u32,
+}
+
+/// A running cluster. Lanes, numbered through its CTAs, reach it by a raw pointer, one at a time.
+pub(super) struct Cluster<'a> {
+    pub(super) launch: &'a Launch<'a>,
+    pub(super) ctas: Vec<Cta>,
     pub(super) lanes: Vec<Lane>,
     pub(super) warps: Vec<Warp>,
-    pub(super) shared: Shared,
+    pub(super) warpgroups: Vec<Warpgroup>,
     pub(super) global: Global<'a>,
     pub(super) rng: Rng,
     pub(super) stats: Stats,
-    /// Lanes waiting at the barrier, and barriers passed.
-    pub(super) at_barrier: u32,
-    pub(super) epoch: u32,
+    pub(super) agents: Agents,
+    pub(super) joins: Joins,
+    /// When each lane has fenced its stores for the async proxy.
+    pub(super) fences: Vec<Vec<u32>>,
+    /// Bulk copies on their way.
+    pub(super) bulk: Bulk,
+    /// mbarriers initialised so far.
+    pub(super) mbarriers: usize,
+    /// Lane of each warp that `elect` chooses.
+    pub(super) elected: usize,
+    /// Lanes waiting at the barrier of the cluster.
+    pub(super) at_cluster_barrier: Vec<usize>,
 }
 
 std::thread_local! {
@@ -73,42 +100,71 @@ type LaneCoroutine = Coroutine<(), (), (), DefaultStack>;
 /// The first [`Fault`].
 pub fn launch(memory: &Memory, launch: &Launch<'_>) -> Result<Stats, Fault> {
     let mut rng = Rng(launch.seed ^ launch.number.wrapping_mul(0x9E37_79B9));
-    let total = launch.grid[0] as u64 * launch.grid[1] as u64;
-    // A drawn start and stride give an order without a list of all CTAs.
+    let Kernel { threads, cluster: size, shared_bytes, .. } = launch.kernel;
+    let columns = launch.grid[0].div_ceil(size) as u64;
+    let total = columns * launch.grid[1] as u64;
+    // A drawn start and stride give an order without a list of all clusters.
     let start = if total > 0 { rng.bits() % total } else { 0 };
     let backwards = rng.bits() & 1 == 1;
-    let mut cta = Cta {
-        launch,
+    let agents = Agents { lanes: (size * threads) as usize };
+    let cta = || Cta {
         block: [0; 2],
+        shared: Shared::new(shared_bytes, agents),
+        barriers: Barriers::default(),
+        epoch: 0,
+        free_registers: 0,
+    };
+    let mut cluster = Cluster {
+        launch,
+        ctas: (0..size).map(|_| cta()).collect(),
         lanes: Vec::new(),
         warps: Vec::new(),
-        shared: Shared::new(launch.kernel.shared_bytes),
+        warpgroups: Vec::new(),
         global: memory.lock(),
+        elected: rng.below(32),
         rng,
         stats: Stats::default(),
-        at_barrier: 0,
-        epoch: 0,
+        agents,
+        joins: Joins::default(),
+        fences: Vec::new(),
+        bulk: Bulk::default(),
+        mbarriers: 0,
+        at_cluster_barrier: Vec::new(),
     };
     for i in 0..total {
         let i = if backwards { total - 1 - i } else { i };
         let index = (start + i) % total;
-        cta.block = [(index % launch.grid[0] as u64) as u32, (index / launch.grid[0] as u64) as u32];
-        catch_unwind(AssertUnwindSafe(|| cta.run())).map_err(|panic| cta.as_fault(panic))?;
+        let (x, y) = ((index % columns) as u32 * size, (index / columns) as u32);
+        cluster.ctas.iter_mut().enumerate().for_each(|(rank, cta)| cta.block = [x + rank as u32, y]);
+        catch_unwind(AssertUnwindSafe(|| cluster.run())).map_err(|panic| cluster.as_fault(panic))?;
     }
-    Ok(cta.stats)
+    Ok(cluster.stats)
 }
 
-impl Cta<'_> {
+impl Cluster<'_> {
+    /// CTA of a lane.
+    pub(super) fn rank(&self, thread: usize) -> usize {
+        thread / self.launch.kernel.threads as usize
+    }
+
     fn run(&mut self) {
-        let threads = self.launch.kernel.threads;
-        self.lanes = (0..threads).map(|_| Lane::default()).collect();
+        let threads = self.agents.lanes;
+        let clock = Clock::new(self.agents);
+        self.lanes = (0..threads).map(|_| Lane::new(clock.clone())).collect();
         self.warps = (0..threads.div_ceil(32)).map(|_| Warp::default()).collect();
-        self.shared.reset();
-        (self.at_barrier, self.epoch) = (0, 0);
-        let cta: *mut Cta<'_> = self;
+        let registers = lane::launch_registers(self.launch.kernel.threads);
+        self.warpgroups = (0..threads.div_ceil(128)).map(|_| Warpgroup::new(registers)).collect();
+        self.fences = (0..threads).map(|_| Vec::new()).collect();
+        for cta in &mut self.ctas {
+            cta.shared.reset();
+            (cta.barriers, cta.epoch, cta.free_registers) = (Barriers::default(), 0, 0);
+        }
+        (self.bulk, self.mbarriers) = (Bulk::default(), 0);
+        self.at_cluster_barrier.clear();
+        let cluster: *mut Cluster<'_> = self;
         let run = self.launch.kernel.run;
         let params = self.launch.params.as_ptr().cast::<u8>();
-        let mut coroutines: Vec<LaneCoroutine> = (0..threads as usize)
+        let mut coroutines: Vec<LaneCoroutine> = (0..threads)
             .map(|thread| {
                 Coroutine::with_stack(stack(), move |yielder, ()| {
                     lane::enter(thread, yielder);
@@ -130,17 +186,22 @@ impl Cta<'_> {
                     }
                     progress = true;
                     self.lanes[thread].ready = false;
-                    lane::set_current(cta.cast(), thread);
+                    lane::set_current(cluster.cast(), thread);
                     if let CoroutineResult::Return(()) = coroutines[thread].resume(()) {
                         self.lanes[thread].done = true;
                         live -= 1;
                     }
                 }
             }
-            if !progress {
+            // Copies arrive when they like, and at last when all lanes wait.
+            if !progress || self.rng.below(2) == 0 {
+                progress |= self.finish_one_bulk();
+            }
+            if !progress && live > 0 {
                 self.deadlock();
             }
         }
+        while self.finish_one_bulk() {}
         STACKS.with_borrow_mut(|stacks| stacks.extend(coroutines.into_iter().map(Coroutine::into_stack)));
     }
 
@@ -163,12 +224,16 @@ impl Cta<'_> {
         self.raise(waiting, self.lanes[waiting].line, format!("deadlock: {}", list.join("; ")))
     }
 
+    fn in_cta(&self, thread: usize) -> u32 {
+        thread as u32 % self.launch.kernel.threads
+    }
+
     /// Ends the launch; coroutines that are left are unwound.
     pub(super) fn raise(&self, thread: usize, line: Option<&Location<'_>>, what: String) -> ! {
         resume_unwind(std::boxed::Box::new(Fault {
             kernel: self.launch.kernel.name.to_string(),
-            block: self.block,
-            thread: thread as u32,
+            block: self.ctas[self.rank(thread)].block,
+            thread: self.in_cta(thread),
             line: line.map_or_else(String::new, |l| l.to_string()),
             what,
             seed: self.launch.seed,
@@ -186,8 +251,8 @@ impl Cta<'_> {
         };
         Fault {
             kernel: self.launch.kernel.name.to_string(),
-            block: self.block,
-            thread: lane::current_thread() as u32,
+            block: self.ctas[self.rank(lane::current_thread())].block,
+            thread: self.in_cta(lane::current_thread()),
             line: String::new(),
             what: format!("panic: {text}"),
             seed: self.launch.seed,

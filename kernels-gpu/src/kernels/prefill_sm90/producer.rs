@@ -1,0 +1,219 @@
+//! The producer: takes items, and brings their Q, K and V to shared memory ahead of the consumers.
+
+use super::layout::{ITEMS, Layout, STAGES};
+use super::{PRODUCER_BARRIER, WARPGROUP};
+use crate::abi::{PageRows, PrefillSm90Params, TensorMap};
+use crate::attn::kv::{KvRows, PageList};
+use crate::attn::rows::{Place, load_item};
+use crate::isa;
+use crate::sched::{Cursor, Walk};
+use crate::tile::Panels;
+
+/// All lanes of the producer.
+#[inline(always)]
+#[track_caller]
+pub(super) fn run<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS: u32>(
+    p: &PrefillSm90Params,
+    maps: u64,
+    shared: Layout<M, N, CHUNKS, V_CHUNKS>,
+) {
+    let (q, k, v) = (shared.q_stages(), shared.k_stages(), shared.v_stages());
+    let [q_map, k_map, v_map] = [0, 1, 2].map(|i| maps + i * size_of::<TensorMap>() as u64);
+    let mut item_at = Cursor::<ITEMS>::START;
+    let mut block_at = Cursor::<STAGES>::START;
+    let mut late = Late { barrier: 0 };
+    while next_item(p, shared, item_at) {
+        let source = Source { p, shared, slot: item_at.slot() };
+        q.wait_empty(item_at.of());
+        if isa::thread_x() == 0 {
+            // SAFETY: the slot is empty; the host has described Q with boxes of `q_rows` rows.
+            unsafe { source.load_q(q_map, q.full(0)) };
+        }
+        item_at.advance();
+        // SAFETY: the slot is full until the consumers give it back.
+        let (Walk { steps, .. }, _) = unsafe { shared.walk(source.slot) };
+        // K of a block, then V of the block before it.
+        let mut step = steps;
+        loop {
+            if step > 0 {
+                k.wait_empty(block_at);
+                let tile = shared.k(block_at.slot());
+                source.load(k_map, &p.attention.k, tile, step - 1, k.full(block_at.slot()), &mut late);
+            }
+            if step < steps {
+                let v_at = block_at.previous();
+                v.wait_empty(v_at);
+                let tile = shared.v(v_at.slot());
+                source.load(v_map, &p.attention.v, tile, step, v.full(v_at.slot()), &mut late);
+            }
+            if step == 0 {
+                break;
+            }
+            step -= 1;
+            block_at.advance();
+        }
+        late.flush();
+    }
+}
+
+/// Takes the next item and shows it to the consumers; false where there is none, and they are told so.
+#[inline(always)]
+#[track_caller]
+fn next_item<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS: u32>(
+    p: &PrefillSm90Params,
+    shared: Layout<M, N, CHUNKS, V_CHUNKS>,
+    cursor: Cursor<ITEMS>,
+) -> bool {
+    let items = shared.items();
+    items.wait_empty(cursor);
+    let place = Place::new(&p.attention, shared.place(cursor.slot()));
+    if isa::thread_x() == 0 {
+        // Every CTA takes one number past the items, the last of which sets the counter back to 0.
+        // SAFETY: the host gives the counter; the slot is empty, and its barrier initialised.
+        unsafe {
+            let index = isa::atom_inc_global(p.next_item, isa::opaque(p.num_items) + isa::grid_x() - 1);
+            if index < p.num_items {
+                let (item, seq) = load_item(&p.attention, index);
+                let walk = if p.attention.logical_pages == 0 {
+                    Walk::new(&p.attention.score, p.attention.group, &item, &seq, N)
+                } else {
+                    Walk::listed(&item, N)
+                };
+                let q_token = seq.q_start as u32 + p.attention.group.div_rem(item.row_start).0;
+                shared.write_item(cursor.slot(), walk, &item, &seq, q_token);
+                place.write(index, &item, &seq);
+            } else {
+                place.write_none();
+            }
+            isa::mbarrier_arrive(items.full(cursor.slot()));
+        }
+    }
+    // The producer's other lanes wait for it as the consumers do.
+    items.wait_full(cursor);
+    !place.is_none()
+}
+
+/// Where an item's tiles come from.
+struct Source<'a, const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS: u32> {
+    p: &'a PrefillSm90Params,
+    shared: Layout<M, N, CHUNKS, V_CHUNKS>,
+    /// The item's.
+    slot: u32,
+}
+
+impl<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS: u32> Source<'_, M, N, CHUNKS, V_CHUNKS> {
+    /// Q of the item, by one lane.
+    ///
+    /// # Safety
+    /// Its slot is empty; `map` describes Q with boxes of `q_rows` rows.
+    #[inline(always)]
+    #[track_caller]
+    unsafe fn load_q(&self, map: u64, full: u32) {
+        // SAFETY: the item's slot is full; the rest is the caller's promise.
+        unsafe {
+            let (kv_head, ..) = self.shared.boxes(self.slot);
+            let (_, [.., q_token]) = self.shared.walk(self.slot);
+            isa::mbarrier_arrive_expect_tx(full, self.p.q_rows * CHUNKS * 16);
+            for panel in 0..Panels::<M, CHUNKS>::COUNT {
+                let channel = (panel * Panels::<M, CHUNKS>::WIDTH * 8) as i32;
+                let box_at = [channel, 0, kv_head as i32, q_token as i32];
+                isa::tma_load(self.shared.q().row(panel, 0), map, box_at, full, isa::Keep::FIRST_OUT);
+            }
+        }
+    }
+
+    /// Sets out with K or V of a step's block. Blocks that the item's end cuts are gathered row by row, with
+    /// zeros past the end: what stands there in memory may be anything, and 0 times it NaN.
+    #[inline(always)]
+    #[track_caller]
+    fn load<const C: u32>(
+        &self,
+        map: u64,
+        rows: &PageRows,
+        tile: Panels<N, C>,
+        step: u32,
+        full: u32,
+        late: &mut Late,
+    ) {
+        let a = &self.p.attention;
+        // SAFETY: the item's slot is full.
+        let (walk, [kv_start, kv_end, _]) = unsafe { self.shared.walk(self.slot) };
+        let at = kv_start + N * walk.block(step);
+        if self.p.box_rows == 0 || at + N > kv_end {
+            let (item, seq) = Place::new(a, self.shared.place(self.slot)).item();
+            let pages = PageList::new(a.pages, a.page_size, &item);
+            // SAFETY: the tile is empty; the rows are the item's.
+            unsafe { KvRows::new(rows, &seq, &item).gather(&pages, tile, (at, kv_end), a.head_dim) };
+            isa::cp_async_commit();
+            return late.then(full);
+        }
+        late.flush();
+        if isa::thread_x() >= 32 {
+            return;
+        }
+        if isa::thread_x() == 0 {
+            // SAFETY: initialised.
+            unsafe { isa::mbarrier_arrive_expect_tx(full, Panels::<N, C>::BYTES) };
+        }
+        isa::warp_sync();
+        // SAFETY: the item's slot is full.
+        let (kv_head, start, first_page) = unsafe { self.shared.boxes(self.slot) };
+        let pages = PageList::from_entry(a.pages, a.page_size, first_page);
+        // A lane a box. Opaque: computed here and not kept.
+        let mut index = isa::opaque(isa::thread_x());
+        loop {
+            let box_rows = isa::opaque(self.p.box_rows);
+            let (row, panel) = (index / Panels::<N, C>::COUNT * box_rows, index % Panels::<N, C>::COUNT);
+            if row >= N {
+                return;
+            }
+            // SAFETY: the token is below the item's end.
+            let (page, offset) = unsafe { pages.locate(at + row) };
+            let channel = (panel * Panels::<N, C>::WIDTH * 8) as i32;
+            let box_at = [channel, (start + offset) as i32, kv_head as i32, page as i32];
+            // SAFETY: the tile is empty; the host has described the tensor with boxes of `box_rows` tokens.
+            unsafe { isa::tma_load(tile.row(panel, row), map, box_at, full, isa::Keep::LAST_OUT) };
+            index += 32;
+        }
+    }
+}
+
+/// A gathered tile that is told to be full later, when the next one has set out: two are on their way.
+struct Late {
+    /// Its full barrier; 0: none.
+    barrier: u32,
+}
+
+impl Late {
+    /// A tile has set out as the lane's newest group.
+    #[inline(always)]
+    #[track_caller]
+    fn then(&mut self, full: u32) {
+        if self.barrier != 0 {
+            isa::cp_async_wait::<1>();
+            self.tell();
+        }
+        self.barrier = full;
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn flush(&mut self) {
+        if self.barrier != 0 {
+            isa::cp_async_wait::<0>();
+            self.tell();
+            self.barrier = 0;
+        }
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn tell(&self) {
+        isa::fence_proxy_async();
+        isa::bar_sync_named(PRODUCER_BARRIER, WARPGROUP);
+        if isa::thread_x() == 0 {
+            // SAFETY: initialised.
+            unsafe { isa::mbarrier_arrive(self.barrier) };
+        }
+    }
+}

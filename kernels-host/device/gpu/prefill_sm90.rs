@@ -1,0 +1,133 @@
+//! Attention of many rows on Hopper: which kernel, its tensor maps, its launch.
+
+use ferroflash_kernels::abi::{AttentionParams, PrefillSm90Params, PrefillTile, TensorMap, TensorMapSpec};
+
+use super::Gpu;
+use super::driver::{Launch, words};
+use crate::error::Result;
+use crate::kv_cache::Kv;
+use crate::plan::{Batch, Plan, Splits};
+use crate::spec::AttentionSpec;
+use crate::tensor::{DType, View};
+
+/// Packed rows of an item, where the batch is for these kernels; the others take what they do not: int4 KV, groups of
+/// more rows than a tile, and [`Splits::Fixed`], under which rows of many and of few must have the same bits.
+pub(super) fn rows(spec: &AttentionSpec, batch: &Batch<'_>, splits: Splits) -> Option<usize> {
+    let total_q = batch.qo_indptr.last().copied().unwrap_or(0);
+    let int4 = !batch.tail_slots.is_empty();
+    // Coordinates of boxes are signed.
+    if int4 || matches!(splits, Splits::Fixed(_)) || total_q > i32::MAX as u32 || spec.num_kv_heads == 0 {
+        return None;
+    }
+    PrefillTile::choose(spec.head_dim, spec.head_dim)?.q_rows(spec.group().max(1))
+}
+
+/// The entry for a tile, with or without soft cap, ALiBi, scales that are not positive, and lists of pages.
+fn entry(tile: &PrefillTile, dtype: DType, extras: bool) -> &'static str {
+    macro_rules! entries {
+        ($d:literal) => {
+            [
+                [concat!("prefill_sm90_f16_", $d), concat!("prefill_sm90_f16_", $d, "_extras")],
+                [concat!("prefill_sm90_bf16_", $d), concat!("prefill_sm90_bf16_", $d, "_extras")],
+            ]
+        };
+    }
+    let of_tile: [[&str; 2]; 2] = match (tile.head_dim, tile.v_head_dim) {
+        (64, _) => entries!("d64"),
+        (96, _) => entries!("d96"),
+        (128, _) => entries!("d128"),
+        (192, 128) => entries!("d192_128"),
+        (192, _) => entries!("d192"),
+        _ => entries!("d256"),
+    };
+    of_tile[(dtype == DType::BF16) as usize][extras as usize]
+}
+
+/// A panel of `wgmma`'s shared tiles: 64 channels, or 32 where the row is no multiple of 64.
+fn panel(head_dim: usize) -> u32 {
+    if head_dim.is_multiple_of(64) { 64 } else { 32 }
+}
+
+/// Strides as a tensor map takes them: those of dimensions with one entry are never stepped along.
+fn map_strides(dims: &[u64; 5], strides: [usize; 3], size: usize) -> [u64; 4] {
+    let mut out = [16; 4];
+    for (d, stride) in strides.into_iter().enumerate() {
+        if dims[d + 1] > 1 {
+            out[d] = (stride * size) as u64;
+        }
+    }
+    out
+}
+
+impl Gpu {
+    /// Launches `count` items, which `params.items` begins with.
+    pub(super) fn launch_prefill_sm90(
+        &self,
+        spec: &AttentionSpec,
+        plan: &Plan,
+        params: &AttentionParams,
+        (q, kv): (&View<'_>, &Kv<'_>),
+        next_item: u64,
+        count: usize,
+    ) -> Result<()> {
+        let (Kv::Ragged { k, v } | Kv::Paged { k, v }) = kv else { return Ok(()) };
+        let Some(tile) = PrefillTile::choose(spec.head_dim, spec.head_dim) else { return Ok(()) };
+        let Some(q_rows) = tile.q_rows(spec.group()) else { return Ok(()) };
+        if count == 0 {
+            return Ok(());
+        }
+        let box_rows = tile.box_rows(plan.page_size);
+        let kv_map = |view: &View<'_>, channels: usize, tile_channels: usize| -> Result<TensorMap> {
+            // `[page, head, token, channel]`; ragged KV is one page.
+            let (shape, strides) = (view.shape(), view.strides());
+            let (page, head, token) = match kv {
+                Kv::Ragged { .. } => ((1, 0), (shape[1], strides[1]), (shape[0], strides[0])),
+                _ => ((shape[0], strides[0]), (shape[1], strides[1]), (shape[2], strides[2])),
+            };
+            let Some(rows) = box_rows.filter(|_| page.0 * head.0 * token.0 > 0) else {
+                // Every row is gathered: the map is not used.
+                return Ok(TensorMap([0; 16]));
+            };
+            let dims = [channels, token.0, head.0, page.0, 1].map(|d| d as u64);
+            self.driver.tensor_map(&TensorMapSpec {
+                base: view.ptr() as u64,
+                rank: 4,
+                swizzle_bytes: 2 * panel(tile_channels),
+                dims,
+                strides: map_strides(&dims, [token.1, head.1, page.1], view.dtype().size()),
+                box_dims: [panel(tile_channels), rows as u32, 1, 1, 1],
+            })
+        };
+        let group = spec.group();
+        let dims = [spec.head_dim, group, spec.num_kv_heads, q.shape()[0], 1].map(|d| d as u64);
+        let (token, head) = (q.strides()[0], q.strides()[1]);
+        let q_map = self.driver.tensor_map(&TensorMapSpec {
+            base: q.ptr() as u64,
+            rank: 4,
+            swizzle_bytes: 2 * panel(tile.head_dim),
+            dims,
+            strides: map_strides(&dims, [head, group * head, token], q.dtype().size()),
+            box_dims: [panel(tile.head_dim), group as u32, 1, (q_rows / group) as u32, 1],
+        })?;
+        let launch = PrefillSm90Params {
+            q_map,
+            k_map: kv_map(k, spec.head_dim, tile.head_dim)?,
+            v_map: kv_map(v, spec.head_dim, tile.v_head_dim)?,
+            attention: *params,
+            next_item,
+            num_items: count as u32,
+            q_rows: q_rows as u32,
+            box_rows: box_rows.unwrap_or(0) as u32,
+            reserved: 0,
+        };
+        let extras = spec.soft_cap.is_some()
+            || spec.alibi_slopes.is_some()
+            || spec.softmax_scale <= 0.0
+            || !plan.logical_pages.is_empty();
+        self.driver.launch(Launch {
+            entry: entry(&tile, q.dtype(), extras),
+            grid: [count.min(self.driver.processors()) as u32, 1],
+            params: words(&launch),
+        })
+    }
+}
