@@ -264,10 +264,13 @@ fn element(words: &[u32], at: usize) -> u16 {
     (words[at / 4] >> (8 * (at % 4))) as u16
 }
 
+/// Dimensions of a tensor and of a box of it, a swizzle, where the box is.
+type BoxCase = (&'static [u64], &'static [u32], u32, [i32; 5]);
+
 #[test]
 fn boxes_of_every_rank_and_swizzle() {
     let mut rng = Rng(4);
-    let cases: [(&[u64], &[u32], u32, [i32; 5]); 8] = [
+    let cases: [BoxCase; 8] = [
         (&[72, 40], &[64, 32], 128, [0, 4, 0, 0, 0]),
         (&[72, 40], &[64, 32], 128, [16, 20, 0, 0, 0]),
         (&[64, 30], &[32, 16], 64, [32, -5, 0, 0, 0]),
