@@ -7,7 +7,7 @@ use ferroflash::op::append_kv::AppendPlan;
 use ferroflash::op::attention::AttentionPlan;
 use ferroflash::op::select_pages::{PageBudget, SparsePlan};
 use ferroflash::{
-    AttentionSpec, Batch, DType, Device, KvCache, KvCacheSpec, KvFormat, KvTable, Result, Splits, Tensor,
+    AttentionSpec, Batch, DType, Device, Kv, KvCache, KvCacheSpec, KvFormat, KvTable, Result, Splits, Tensor,
     TreeMask,
 };
 use half::bf16;
@@ -38,9 +38,21 @@ fn main() -> Result<()> {
             for causal in [false, true] {
                 for seq_len in [512, 1024, 2048, 4096, 8192, 16384] {
                     if !quick || seq_len == 4096 {
-                        prefill(&device, head_dim, seq_len, causal)?;
+                        prefill(&device, &Prefill::new(head_dim, 16384 / seq_len, seq_len, causal))?;
                     }
                 }
+            }
+        }
+        for seq_len in [4096, 16384] {
+            let plain = Prefill::new(128, 16384 / seq_len, seq_len, true);
+            prefill(&device, &Prefill { kv_heads: plain.q_heads / 8, ..plain })?;
+            for page_size in [1, 16, 64, 256] {
+                prefill(&device, &Prefill { page_size, ..plain })?;
+            }
+        }
+        for seq_len in [32768, 131072] {
+            if !quick {
+                prefill(&device, &Prefill::new(128, 1, seq_len, true))?;
             }
         }
     }
@@ -97,26 +109,73 @@ fn copy(device: &Device) -> Result<()> {
     Ok(())
 }
 
-fn prefill(device: &Device, head_dim: usize, seq_len: usize, causal: bool) -> Result<()> {
-    let (heads, batch) = (2048 / head_dim, 16384 / seq_len);
+/// A prefill of equal sequences: 2048 channels in all, as FlashAttention's figures have it.
+#[derive(Clone, Copy)]
+struct Prefill {
+    head_dim: usize,
+    batch: usize,
+    seq_len: usize,
+    causal: bool,
+    q_heads: usize,
+    kv_heads: usize,
+    /// 0: ragged.
+    page_size: usize,
+}
+
+impl Prefill {
+    fn new(head_dim: usize, batch: usize, seq_len: usize, causal: bool) -> Self {
+        let heads = 2048 / head_dim;
+        Prefill { head_dim, batch, seq_len, causal, q_heads: heads, kv_heads: heads, page_size: 0 }
+    }
+}
+
+fn prefill(device: &Device, problem: &Prefill) -> Result<()> {
+    let &Prefill { head_dim, batch, seq_len, causal, q_heads, kv_heads, page_size } = problem;
     let total = batch * seq_len;
-    let mut spec = AttentionSpec::new(heads, heads, head_dim);
+    let mut spec = AttentionSpec::new(q_heads, kv_heads, head_dim);
     spec.causal = causal;
     let indptr: Vec<u32> = (0..=batch).map(|i| (i * seq_len) as u32).collect();
-    let lengths = Batch::new(&indptr, KvTable::Ragged { kv_indptr: &indptr });
-    let shape = [total, heads, head_dim];
-    let [q, k, v] = [1, 2, 3].map(|seed| random(device, &shape, seed));
-    let (q, k, v) = (q?, k?, v?);
-    let mut out = Tensor::zeros(device, DType::BF16, &shape)?;
-    let mut plan = AttentionPlan::new(device, &spec, &lengths, Splits::Auto)?;
-    let kv = ferroflash::Kv::Ragged { k: k.view(), v: v.view() };
+    let seq_lens = vec![seq_len as u32; batch];
+    let num_pages = if page_size == 0 { 0 } else { total / page_size };
+    let table = scattered(num_pages);
+    let kv_table = if page_size == 0 {
+        KvTable::Ragged { kv_indptr: &indptr }
+    } else {
+        let max_blocks = seq_len / page_size;
+        KvTable::Block { page_size, block_table: &table, max_blocks, seq_lens: &seq_lens }
+    };
+    let kv_shape = match page_size {
+        0 => vec![total, kv_heads, head_dim],
+        _ => vec![num_pages, kv_heads, page_size, head_dim],
+    };
+    let q = random(device, &[total, q_heads, head_dim], 1)?;
+    let (k, v) = (random(device, &kv_shape, 2)?, random(device, &kv_shape, 3)?);
+    let mut out = Tensor::zeros(device, DType::BF16, &[total, q_heads, head_dim])?;
+    let mut plan = AttentionPlan::new(device, &spec, &Batch::new(&indptr, kv_table), Splits::Auto)?;
+    let kv = match page_size {
+        0 => Kv::Ragged { k: k.view(), v: v.view() },
+        _ => Kv::Paged { k: k.view(), v: v.view() },
+    };
     let ms = median(device, |_| plan.run(q.view(), kv, out.view_mut(), None))?;
-    let flops = 4.0 * (total * heads * head_dim) as f64 * seq_len as f64 * if causal { 0.5 } else { 1.0 };
+    let flops = 4.0 * (total * q_heads * head_dim) as f64 * seq_len as f64 * if causal { 0.5 } else { 1.0 };
     let tflops = flops / ms as f64 / 1e9;
     println!(
-        "{{\"op\":\"prefill\",\"head_dim\":{head_dim},\"seq_len\":{seq_len},\"batch\":{batch},\"heads\":{heads},\"causal\":{causal},\"ms\":{ms},\"tflops\":{tflops}}}"
+        "{{\"op\":\"prefill\",\"head_dim\":{head_dim},\"seq_len\":{seq_len},\"batch\":{batch},\"heads\":{q_heads},\"kv_heads\":{kv_heads},\"page_size\":{page_size},\"causal\":{causal},\"ms\":{ms},\"tflops\":{tflops}}}"
     );
     Ok(())
+}
+
+/// All of `num_pages` page numbers, each far from the last: an odd stride visits every one once.
+fn scattered(num_pages: usize) -> Vec<u32> {
+    let gcd = |mut a: u64, mut b: u64| {
+        while b != 0 {
+            (a, b) = (b, a % b);
+        }
+        a
+    };
+    let stride = (num_pages as u64 * 5 / 8) | 1;
+    let stride = (stride..).step_by(2).find(|&s| gcd(s, num_pages as u64) == 1).unwrap_or(1);
+    (0..num_pages as u64).map(|i| (i * stride % num_pages as u64) as u32).collect()
 }
 
 /// A cache with `batch` sequences of `len` random tokens in scattered pages, and its page table.
@@ -141,16 +200,7 @@ fn filled(
             summaries: matches!(format, KvFormat::Float(_)),
         },
     )?;
-    // An odd stride visits every page once, far from the last.
-    let stride = (num_pages as u64 * 5 / 8) | 1;
-    let gcd = |mut a: u64, mut b: u64| {
-        while b != 0 {
-            (a, b) = (b, a % b);
-        }
-        a
-    };
-    let stride = (stride..).step_by(2).find(|&s| gcd(s, num_pages as u64) == 1).unwrap_or(1);
-    let table: Vec<u32> = (0..num_pages as u64).map(|i| (i * stride % num_pages as u64) as u32).collect();
+    let table = scattered(num_pages);
     let chunk = 4096.min(len);
     let shape = [chunk, spec.num_kv_heads, spec.head_dim];
     let (k, v) = (random(device, &shape, 7)?, random(device, &shape, 8)?);

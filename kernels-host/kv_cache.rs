@@ -154,19 +154,31 @@ impl<'a> Kv<'a> {
         parts.into_iter().flatten()
     }
 
-    /// Checks shapes and types against the heads; ragged KV counts as one page of `total_kv` tokens.
-    pub(crate) fn check(&self, op: &'static str, num_kv_heads: usize, head_dim: usize) -> Result<PageDims> {
+    /// Checks shapes and types against the heads and channels (of K, of V); ragged KV counts as one page of `total_kv`
+    /// tokens.
+    pub(crate) fn check(
+        &self,
+        op: &'static str,
+        num_kv_heads: usize,
+        (head_dim, v_head_dim): (usize, usize),
+    ) -> Result<PageDims> {
         match self {
             Kv::Ragged { k, v } => {
                 let total = k.shape().first().copied().unwrap_or(0);
-                check_pair(op, k, v, &[total, num_kv_heads, head_dim])?;
+                check_pair(op, k, v, &[total, num_kv_heads, head_dim], v_head_dim)?;
                 Ok(PageDims { num_pages: 1, page_size: total, num_tails: 0 })
             }
             Kv::Paged { k, v } => {
                 let (num_pages, page_size) = page_dims(op, k)?;
-                check_pair(op, k, v, &[num_pages, num_kv_heads, page_size, head_dim])?;
+                check_pair(op, k, v, &[num_pages, num_kv_heads, page_size, head_dim], v_head_dim)?;
                 Ok(PageDims { num_pages, page_size, num_tails: 0 })
             }
+            Kv::Int4(_) if head_dim != v_head_dim => Err(Error::value(
+                op,
+                "v_head_dim of int4 KV",
+                format_args!("head_dim, {head_dim}"),
+                v_head_dim,
+            )),
             Kv::Int4(p) => p.check(op, num_kv_heads, head_dim),
         }
     }
@@ -182,9 +194,17 @@ fn page_dims(op: &'static str, k: &View<'_>) -> Result<(usize, usize)> {
     }
 }
 
-fn check_pair(op: &'static str, k: &View<'_>, v: &View<'_>, shape: &[usize]) -> Result<()> {
+fn check_pair<const N: usize>(
+    op: &'static str,
+    k: &View<'_>,
+    v: &View<'_>,
+    shape: &[usize; N],
+    v_head_dim: usize,
+) -> Result<()> {
     expect_shape(op, "k", k, shape)?;
-    expect_shape(op, "v", v, shape)?;
+    let mut v_shape = *shape;
+    v_shape[N - 1] = v_head_dim;
+    expect_shape(op, "v", v, &v_shape)?;
     if !k.dtype().is_float() {
         return Err(Error::dtype(op, "k", "f32, f16 or bf16", k.dtype()));
     }

@@ -15,8 +15,11 @@ pub struct AttentionSpec {
     pub num_q_heads: usize,
     /// KV heads.
     pub num_kv_heads: usize,
-    /// Channels per head: a multiple of 8, at most 256.
+    /// Channels per head of queries and keys: a multiple of 8, at most 256.
     pub head_dim: usize,
+    /// Channels per head of values and outputs: a multiple of 8, at most `head_dim`. [`AttentionSpec::new`] sets
+    /// `head_dim`; fewer are for views of K and V (DeepSeek's 192 and 128), not for int4 KV.
+    pub v_head_dim: usize,
     /// Factor on the dot product; [`AttentionSpec::new`] sets `1 / sqrt(head_dim)`.
     pub softmax_scale: f32,
     /// Whether a query sees only keys up to its own position. The last query stands at the last key
@@ -43,6 +46,7 @@ impl AttentionSpec {
             num_q_heads,
             num_kv_heads,
             head_dim,
+            v_head_dim: head_dim,
             softmax_scale: 1.0 / (head_dim.max(1) as f32).sqrt(),
             causal: false,
             window: None,
@@ -62,6 +66,12 @@ impl AttentionSpec {
     /// Sets the sliding window.
     pub fn window(mut self, window: u32) -> Self {
         self.window = Some(window);
+        self
+    }
+
+    /// Sets the channels of values and outputs.
+    pub fn v_head_dim(mut self, v_head_dim: usize) -> Self {
+        self.v_head_dim = v_head_dim;
         self
     }
 
@@ -92,6 +102,10 @@ impl AttentionSpec {
         }
         if self.head_dim == 0 || self.head_dim > 256 || !self.head_dim.is_multiple_of(8) {
             return Err(Error::value(op, "head_dim", "a multiple of 8 from 8 to 256", self.head_dim));
+        }
+        if self.v_head_dim == 0 || self.v_head_dim > self.head_dim || !self.v_head_dim.is_multiple_of(8) {
+            let expected = format_args!("a multiple of 8 from 8 to head_dim, {}", self.head_dim).to_string();
+            return Err(Error::value(op, "v_head_dim", expected, self.v_head_dim));
         }
         if !self.softmax_scale.is_finite() {
             return Err(Error::value(op, "softmax_scale", "a finite number", self.softmax_scale));

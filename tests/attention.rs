@@ -134,6 +134,21 @@ fn page_lists_meet_the_edges_of_masks() {
     }
 }
 
+/// DeepSeek's heads of 192 and 128 channels, and others that are not a kernel's own; long queries and single ones.
+#[test]
+fn values_with_fewer_channels_than_keys() {
+    for (head_dim, v_head_dim) in [(192, 128), (192, 64), (72, 40), (256, 200), (128, 8)] {
+        for place in [Place::Ragged, Place::Paged { page_size: 16, nhd: false, block_table: true }] {
+            let mut case = Case { lengths: vec![(70, 150), (1, 300)], place, ..base() };
+            case.spec = AttentionSpec::new(4, 2, head_dim).v_head_dim(v_head_dim).causal();
+            case.splits = if v_head_dim == 128 { Splits::Fixed(64) } else { Splits::Auto };
+            check(case.clone());
+            case.splits = Splits::Auto;
+            check(case);
+        }
+    }
+}
+
 /// Lists that name every page are dense attention, bit for bit.
 #[test]
 fn full_page_lists_are_dense() {

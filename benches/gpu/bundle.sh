@@ -6,7 +6,7 @@ cd "$(dirname "$0")/../.."
 out=target/gpu-bundle
 rm -rf "$out"
 mkdir -p "$out"
-tests=(attention append int4 sparse layer conformance cuda)
+tests=(attention append int4 sparse layer conformance conformance_sm90 cuda)
 args=()
 for test in "${tests[@]}"; do args+=(--test "$test"); done
 {
@@ -21,7 +21,7 @@ for line in sys.stdin:
 ' "$out"
 cp benches/gpu/run.sh benches/gpu/run.py benches/gpu/peers.py "$out/"
 git rev-parse HEAD >"$out/commit"
-strip --strip-debug "$out"/{attention,append,int4,sparse,layer,conformance,cuda,gpu}
+strip --strip-debug "$out"/{attention,append,int4,sparse,layer,conformance,conformance_sm90,cuda,gpu}
 bytes=$(du -sb "$out" | cut -f1)
 echo "$out: $bytes bytes"
 [ "$bytes" -lt 60000000 ] || { echo "larger than 60 MB"; exit 1; }

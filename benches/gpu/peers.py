@@ -77,12 +77,23 @@ def prefill():
                         mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, seq_len, seq_len)
                     run = lambda _: flex(q, k, v, block_mask=mask)
                     timed({**shape, "peer": "flex_attention"}, run, tflops=flops / 1e9)
+    # Grouped heads, and long sequences.
+    for seq_len, kv_heads in ((4096, 2), (16384, 2), (32768, 16), (131072, 16)):
+        batch, heads, head_dim = max(1, 16384 // seq_len), 16, 128
+        q = random(batch, heads, seq_len, head_dim)
+        k, v = (random(batch, kv_heads, seq_len, head_dim) for _ in range(2))
+        shape = dict(op="prefill", head_dim=head_dim, seq_len=seq_len, batch=batch, heads=heads, kv_heads=kv_heads, causal=True)
+        flops = 2 * batch * heads * seq_len * seq_len * head_dim
+        for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
+            with sdpa_kernel(backend):
+                run = lambda _: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=kv_heads != heads)
+                timed({**shape, "peer": f"torch {name}"}, run, tflops=flops / 1e9)
 
 
 def flashinfer_prefill(flashinfer):
     for head_dim in (64, 128, 256):
         for causal in (False, True):
-            for seq_len in (1024, 4096, 16384):
+            for seq_len in (512, 1024, 2048, 4096, 8192, 16384):
                 heads, batch = 2048 // head_dim, 16384 // seq_len
                 q, k, v = (random(batch * seq_len, heads, head_dim) for _ in range(3))
                 indptr = torch.arange(batch + 1, device="cuda", dtype=torch.int32) * seq_len

@@ -55,11 +55,13 @@ def main():
     if not rows:
         sys.exit(f"no results in {folder}")
     print("prefill, TFLOP/s\n")
-    table(prefill, lambda r: (r["head_dim"], "causal" if r["causal"] else "full", r["seq_len"]), "tflops")
+    kind = lambda r: (f"{r['heads']}:{r.get('kv_heads', r['heads'])}", f"page {r.get('page_size', 0)}")
+    table(prefill, lambda r: (r["head_dim"], "causal" if r["causal"] else "full", r["seq_len"], *kind(r)), "tflops")
     print("\ndecode, GB/s of K and V\n")
     table(decode, lambda r: (r["kv"], r["batch"], r["len"], r.get("page_size", 0)), "gbps")
     name = lambda r: r.get("peer", "ferroflash")
-    causal = [r for r in prefill if r["causal"]]
+    plain = lambda r: r.get("kv_heads", r["heads"]) == r["heads"] and not r.get("page_size")
+    causal = [r for r in prefill if r["causal"] and plain(r)]
     plot(causal, lambda r: f"{name(r)} d{r['head_dim']} causal", "seq_len", "tflops", folder / "prefill.png")
     plot(decode, lambda r: f"{name(r)} {r['kv']} batch {r['batch']} page {r.get('page_size', '-')}", "len", "gbps", folder / "decode.png")
 

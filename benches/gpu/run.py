@@ -16,7 +16,7 @@ import sys
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
-TESTS = ["conformance", "cuda", "attention", "append", "int4", "sparse", "layer"]
+TESTS = ["conformance", "conformance_sm90", "cuda", "attention", "append", "int4", "sparse", "layer"]
 # Small, and together every family.
 SANITIZED = [
     ("attention", "empty_rows"),

@@ -113,6 +113,11 @@ impl AppendPlan {
         tail_slots: Vec<u32>,
     ) -> Result<Self> {
         spec.check(OP)?;
+        if spec.v_head_dim != spec.head_dim {
+            let expected =
+                format_args!("head_dim, {}: appends write K and V alike", spec.head_dim).to_string();
+            return Err(Error::value(OP, "v_head_dim", expected, spec.v_head_dim));
+        }
         if page_size == 0 {
             return Err(Error::value(OP, "page_size", "at least 1", page_size));
         }
@@ -189,7 +194,7 @@ impl AppendPlan {
         for (what, view) in view.views() {
             door.device(what, &view)?;
         }
-        let dims = view.check(OP, self.num_kv_heads, self.head_dim)?;
+        let dims = view.check(OP, self.num_kv_heads, (self.head_dim, self.head_dim))?;
         door.page_size(self.page_size, dims.page_size)?;
         door.pages("the slots", self.num_pages, dims.num_pages)?;
         self.check_extras(&door, &kv, dims)?;

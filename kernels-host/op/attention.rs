@@ -79,8 +79,10 @@ impl AttentionPlan {
 
     /// Computes attention.
     ///
-    /// - `q`, `out`: `[total_q, num_q_heads, head_dim]`, f32, f16 or bf16, last dimension contiguous.
-    /// - `kv`: as planned: ragged `[total_kv, num_kv_heads, head_dim]`, pages of the planned size, or int4 pages.
+    /// - `q`: `[total_q, num_q_heads, head_dim]`, f32, f16 or bf16, last dimension contiguous; `out`: the same with
+    ///   `v_head_dim`.
+    /// - `kv`: as planned: ragged `[total_kv, num_kv_heads, head_dim]` (V: `v_head_dim`), pages of the planned size, or
+    ///   int4 pages.
     /// - `lse`: f32 `[total_q, num_q_heads]`.
     ///
     /// A row with nothing to attend to gives O = 0 and LSE = `-inf` (with a learned sink: its logit).
@@ -93,17 +95,17 @@ impl AttentionPlan {
         lse: Option<NaturalLog<ViewMut<'_>>>,
     ) -> Result<()> {
         let door = Door { op: self.op, device: &self.device };
-        let AttentionSpec { num_q_heads, num_kv_heads, head_dim, .. } = self.spec;
+        let AttentionSpec { num_q_heads, num_kv_heads, head_dim, v_head_dim, .. } = self.spec;
         let rows = [self.plan.total_q, num_q_heads, head_dim];
         door.floats("q", &q, &rows)?;
-        door.floats("out", &out.as_view(), &rows)?;
+        door.floats("out", &out.as_view(), &[self.plan.total_q, num_q_heads, v_head_dim])?;
         if let Some(lse) = &lse {
             door.f32s("lse", &lse.0.as_view(), &rows[..2])?;
         }
         for (what, view) in kv.views() {
             door.device(what, &view)?;
         }
-        let dims = kv.check(self.op, num_kv_heads, head_dim)?;
+        let dims = kv.check(self.op, num_kv_heads, (head_dim, v_head_dim))?;
         self.check_kv(&door, &kv, dims)?;
         self.device.backend().attention(AttentionCall {
             op: self.op,

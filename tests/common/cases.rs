@@ -74,16 +74,16 @@ impl Problem {
             .into_iter()
             .map(|x| rounded(case.q_dtype, x * case.q_scale))
             .collect();
-        let mut rows = || -> Vec<Vec<Vec<Vec<f32>>>> {
+        let mut rows = |channels: usize| -> Vec<Vec<Vec<Vec<f32>>>> {
             let row = |rng: &mut Rng| -> Vec<f32> {
-                rng.normals(head_dim).into_iter().map(|x| rounded(case.kv_dtype, x)).collect()
+                rng.normals(channels).into_iter().map(|x| rounded(case.kv_dtype, x)).collect()
             };
             case.lengths
                 .iter()
                 .map(|&(_, kv)| (0..num_kv_heads).map(|_| (0..kv).map(|_| row(&mut rng)).collect()).collect())
                 .collect()
         };
-        let (k, v) = (rows(), rows());
+        let (k, v) = (rows(head_dim), rows(case.spec.v_head_dim));
         let (mut n_tree, mut mask) = (Vec::new(), Vec::new());
         if let Some(n) = case.n_tree {
             for &(q_len, kv_len) in &case.lengths {
@@ -175,6 +175,7 @@ impl Problem {
                         soft_cap: spec.soft_cap,
                         alibi_slope: spec.alibi_slopes.as_ref().map(|a| a[head]),
                         sink_logit: spec.sink_logits.as_ref().map(|a| a[head]),
+                        v_head_dim: Some(spec.v_head_dim),
                     };
                     let q = &self.q[row * dim..][..dim];
                     let q_pos = kv_len as i64 - q_len as i64 + token as i64;
@@ -202,7 +203,9 @@ impl Problem {
         let spec = &case.spec;
         let shape = [*self.qo_indptr.last().unwrap() as usize, spec.num_q_heads, spec.head_dim];
         let q = Elements::new(case.q_dtype, &self.q).tensor(device, &shape);
-        let mut out = Elements::new(case.q_dtype, &vec![f32::NAN; self.q.len()]).tensor(device, &shape);
+        let out_shape = [shape[0], shape[1], spec.v_head_dim];
+        let unwritten = vec![f32::NAN; out_shape.iter().product()];
+        let mut out = Elements::new(case.q_dtype, &unwritten).tensor(device, &out_shape);
         let unset = vec![f32::NAN; shape[0] * shape[1]];
         let mut lse = Tensor::from_slice(device, &unset, &shape[..2]).unwrap();
         let tables = Tables::new(self, device);
@@ -273,7 +276,7 @@ pub struct Tables {
 impl Tables {
     pub fn new(problem: &Problem, device: &Device) -> Self {
         let case = &problem.case;
-        let AttentionSpec { num_kv_heads: heads, head_dim: dim, .. } = case.spec;
+        let AttentionSpec { num_kv_heads: heads, head_dim, v_head_dim, .. } = case.spec;
         let seq_lens: Vec<u32> = case.lengths.iter().map(|&(_, kv)| kv as u32).collect();
         let mut kv_indptr = vec![0u32];
         let (page_size, nhd) = match case.place {
@@ -288,12 +291,12 @@ impl Tables {
         let mut rng = Rng(case.seed ^ 1);
         // Two pages more than needed, never named.
         let pages: Vec<u32> = rng.permutation(used + 2)[..used].to_vec();
-        let shape = match case.place {
-            Place::Ragged => vec![used, heads, dim],
-            Place::Paged { nhd: false, .. } => vec![used + 2, heads, page_size, dim],
-            Place::Paged { nhd: true, .. } => vec![used + 2, page_size, heads, dim],
-        };
-        let lay = |rows: &Vec<Vec<Vec<Vec<f32>>>>| {
+        let lay = |rows: &Vec<Vec<Vec<Vec<f32>>>>, dim: usize| {
+            let shape = match case.place {
+                Place::Ragged => vec![used, heads, dim],
+                Place::Paged { nhd: false, .. } => vec![used + 2, heads, page_size, dim],
+                Place::Paged { nhd: true, .. } => vec![used + 2, page_size, heads, dim],
+            };
             let mut data = vec![f32::NAN; shape.iter().product()];
             for (s, by_head) in rows.iter().enumerate() {
                 for (head, tokens) in by_head.iter().enumerate() {
@@ -315,7 +318,7 @@ impl Tables {
             }
             Elements::new(case.kv_dtype, &data).tensor(device, &shape)
         };
-        let (k, v) = (lay(&problem.k), lay(&problem.v));
+        let (k, v) = (lay(&problem.k, head_dim), lay(&problem.v, v_head_dim));
         let last_page_len = seq_lens
             .iter()
             .map(|&len| if page_size == 0 || len == 0 { 0 } else { (len - 1) % page_size as u32 + 1 })

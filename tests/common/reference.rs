@@ -45,6 +45,8 @@ pub struct Features {
     pub soft_cap: Option<f32>,
     pub alibi_slope: Option<f32>,
     pub sink_logit: Option<f32>,
+    /// Channels of V; `None`: as many as of Q.
+    pub v_head_dim: Option<usize>,
 }
 
 /// One query row over `keys` and `values`; `visible(k_pos)` on top of the features' own mask. Unnormalised weights
@@ -60,6 +62,7 @@ pub fn attend<T: Real>(
     round_weight: impl Fn(T) -> T,
 ) -> (Vec<f64>, f64) {
     let dim = q.len();
+    let v_dim = f.v_head_dim.unwrap_or(dim);
     let mut scores: Vec<(usize, T)> = Vec::new();
     for (k_pos, key) in keys.iter().enumerate() {
         let distance = q_pos - k_pos as i64;
@@ -82,16 +85,16 @@ pub fn attend<T: Real>(
     }
     let sink = f.sink_logit.map(|s| T::of(s as f64));
     let mut all: Vec<T> = scores.iter().map(|s| s.1).chain(sink).collect();
-    let Some(&first) = all.first() else { return (vec![0.0; dim], f64::NEG_INFINITY) };
+    let Some(&first) = all.first() else { return (vec![0.0; v_dim], f64::NEG_INFINITY) };
     let max = all.iter().fold(first, |m, &x| if x > m { x } else { m });
     let mut total = T::of(0.0);
     for x in &mut all {
         total += (*x - max).exp();
     }
-    let mut out = vec![T::of(0.0); dim];
+    let mut out = vec![T::of(0.0); v_dim];
     for &(k_pos, score) in &scores {
         let weight = round_weight((score - max).exp());
-        for d in 0..dim {
+        for d in 0..v_dim {
             out[d] += weight * T::of(values[k_pos][d] as f64);
         }
     }

@@ -134,12 +134,12 @@ pub struct AttentionParams {
     pub group: Divisor,
     /// Tokens per page; 0: ragged.
     pub page_size: Divisor,
-    /// Channels, at most the kernel's.
+    /// Channels of Q and K, at most the kernel's.
     pub head_dim: u32,
+    /// Channels of V and O, at most the kernel's.
+    pub v_head_dim: u32,
     /// Tokens after which a new state begins; 0: never.
     pub section: u32,
-    /// Keeps the size a multiple of 8.
-    pub reserved: u32,
 }
 
 /// What the merge kernel is given.
@@ -160,14 +160,14 @@ pub struct MergePartialsParams {
     pub partials: u64,
     /// Query heads per KV head.
     pub group: Divisor,
-    /// Channels.
-    pub head_dim: u32,
+    /// Channels of V and O.
+    pub v_head_dim: u32,
 }
 
 /// f32 of one row of partial states: unnormalised O, padded; then 16 of which the first two are the row
 /// maximum (base 2) and the row sum.
-pub const fn partial_stride(head_dim: usize) -> usize {
-    head_dim.next_multiple_of(16) + 16
+pub const fn partial_stride(v_head_dim: usize) -> usize {
+    v_head_dim.next_multiple_of(16) + 16
 }
 
 /// Packed query rows of one decode tile.

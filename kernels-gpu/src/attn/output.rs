@@ -20,7 +20,7 @@ pub(crate) struct Output<'a> {
 impl Output<'_> {
     #[inline(always)]
     fn stride(&self) -> u64 {
-        4 * partial_stride(isa::opaque(self.p.head_dim) as usize) as u64
+        4 * partial_stride(isa::opaque(self.p.v_head_dim) as usize) as u64
     }
 
     /// Address of the state of packed row `row` among the rows of states from `first`.
@@ -37,7 +37,7 @@ impl Output<'_> {
 
     #[inline(always)]
     fn m_l_at(&self, state: u64) -> u64 {
-        state + 4 * (isa::opaque(self.p.head_dim) as u64).next_multiple_of(16)
+        state + 4 * (isa::opaque(self.p.v_head_dim) as u64).next_multiple_of(16)
     }
 
     /// Writes reduced states as rows `first..` of the partial states.
@@ -58,7 +58,7 @@ impl Output<'_> {
             let at = self.state_at(item, first, row);
             for j in 0..TILES {
                 let channel = self.channel_of(j);
-                if channel < self.p.head_dim {
+                if channel < self.p.v_head_dim {
                     let pair = [o[j][2 * r].to_bits(), o[j][2 * r + 1].to_bits()];
                     // SAFETY: the plan gives each item rows of its own; the channel is inside the row.
                     unsafe { isa::st_global_2(at + 4 * channel as u64, pair) };
@@ -95,7 +95,7 @@ impl Output<'_> {
             (state.m[r], state.l[r]) = (new, sum);
             for j in 0..TILES {
                 let channel = self.channel_of(j);
-                if channel < self.p.head_dim {
+                if channel < self.p.v_head_dim {
                     // SAFETY: as above.
                     let before = unsafe { isa::ld_global_2(at + 4 * channel as u64) }.map(f32::from_bits);
                     for (i, before) in before.into_iter().enumerate() {
@@ -150,7 +150,7 @@ impl Output<'_> {
             }
             for j in 0..TILES {
                 let channel = self.channel_of(j);
-                if channel < self.p.head_dim {
+                if channel < self.p.v_head_dim {
                     // SAFETY: each item writes rows of its own, checked by the host to be inside `out`.
                     unsafe { isa::st_global_1(at + 2 * channel as u64, [normalised::<T>(o[j], r, factor)]) };
                 }
@@ -175,7 +175,7 @@ impl Output<'_> {
                 let pairs = [0, 1, 2, 3].map(|i| normalised::<T>(o[j + i], r, factor));
                 let eight = transpose_quad(pairs);
                 let channel = self.channel + 8 * (j as u32 + isa::thread_x() % 4);
-                if at != 0 && channel < self.p.head_dim {
+                if at != 0 && channel < self.p.v_head_dim {
                     // SAFETY: as in `finish`; the host has checked that rows begin at 16 bytes.
                     unsafe { isa::st_global_4(at + 2 * channel as u64, eight) };
                 }

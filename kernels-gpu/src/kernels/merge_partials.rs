@@ -22,7 +22,7 @@ pub(super) unsafe fn body<T: Half>(p: &MergePartialsParams) {
     if row >= item.row_end {
         return;
     }
-    let stride = 4 * partial_stride(p.head_dim as usize) as u64;
+    let stride = 4 * partial_stride(p.v_head_dim as usize) as u64;
     let first = p.partials + (item.partial as u64 + (row - item.row_start) as u64) * stride;
     let num_rows = (item.row_end - item.row_start) as u64;
     // Lane `i` holds channels `64 c + 2 i` and `+ 1`.
@@ -37,7 +37,7 @@ pub(super) unsafe fn body<T: Half>(p: &MergePartialsParams) {
         (m, l) = (new, sum);
         for (c, o) in o.iter_mut().enumerate() {
             let channel = 64 * c as u32 + 2 * lane;
-            if channel < p.head_dim {
+            if channel < p.v_head_dim {
                 // SAFETY: as above.
                 let x = unsafe { isa::ld_global_2(at + 4 * channel as u64) }.map(f32::from_bits);
                 for i in 0..2 {
@@ -51,7 +51,7 @@ pub(super) unsafe fn body<T: Half>(p: &MergePartialsParams) {
     let (factor, lse) = softmax::finish(m, l, sink_logit(p.sink_logits, head));
     for (c, o) in o.iter().enumerate() {
         let channel = 64 * c as u32 + 2 * lane;
-        if channel < p.head_dim {
+        if channel < p.v_head_dim {
             let x = o.map(|x| if factor == 0.0 { 0.0 } else { x * factor });
             // SAFETY: each merge item has rows of its own, checked by the host to be inside `out`.
             unsafe { isa::st_global_1(p.out.at(token, head) + 2 * channel as u64, [T::pack(x[0], x[1])]) };

@@ -62,7 +62,7 @@ pub(crate) struct Ring<'a, const CHUNKS: u32, const THREADS: u32, const TILES: u
     k: KvRows<'a>,
     v: KvRows<'a>,
     pages: PageList,
-    head_dim: u32,
+    head_dims: [u32; 2],
     /// One past the last token.
     end: u32,
     /// Slots of the next copy and the next use.
@@ -85,7 +85,9 @@ impl<'a, const CHUNKS: u32, const THREADS: u32, const TILES: u32> Ring<'a, CHUNK
             let rows = if is_v { &self.v } else { &self.k };
             let (tile, tokens) = (self.tile(self.put), (at, self.end));
             // SAFETY: the slot was used before the last barrier; the rest is promised at `start`.
-            unsafe { rows.copy_block::<CHUNKS, THREADS>(&self.pages, tile, tokens, self.head_dim) };
+            unsafe {
+                rows.copy_block::<CHUNKS, THREADS>(&self.pages, tile, tokens, self.head_dims[is_v as usize])
+            };
         }
         isa::cp_async_commit();
         self.put = if self.put + 1 == TILES { 0 } else { self.put + 1 };
@@ -106,7 +108,7 @@ impl<'a, const CHUNKS: u32, const THREADS: u32, const TILES: u32> Source<'a, CHU
             k: KvRows::new(&p.k, seq, item),
             v: KvRows::new(&p.v, seq, item),
             pages: PageList::new(p.pages, p.page_size, item),
-            head_dim: p.head_dim,
+            head_dims: [p.head_dim, p.v_head_dim],
             end: item.kv_end,
             put: 0,
             take: 0,

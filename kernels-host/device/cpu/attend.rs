@@ -25,17 +25,19 @@ use crate::plan::Plan;
 pub(super) fn attention(cpu: &Cpu, call: AttentionCall<'_>) {
     let AttentionCall { op: _, spec, plan, workspace, q, kv, mut out, mut lse } = call;
     let (partials, pages) = split_workspace(plan, workspace);
-    let head_dim = spec.head_dim;
+    let (head_dim, v_head_dim) = (spec.head_dim, spec.v_head_dim);
     let kernel = Kernel {
         plan,
         score: spec.score_params(),
         group: spec.group(),
         head_dim,
         padded_dim: pad(head_dim),
+        v_head_dim,
+        padded_v_dim: pad(v_head_dim),
         alibi_slopes: spec.alibi_slopes.as_deref(),
         sink_logits: spec.sink_logits.as_deref(),
         q: (q.ptr(), q.layout),
-        kv: KvRows::new(&kv, plan.page_size, pages, head_dim),
+        kv: KvRows::new(&kv, plan.page_size, pages, (head_dim, v_head_dim)),
         out: (Shared(out.reborrow().ptr()), out.layout),
         lse: lse.as_mut().map(|lse| (Shared(lse.0.ptr()), lse.0.layout)),
         partials: Shared(partials.as_mut_ptr()),
@@ -63,6 +65,8 @@ struct Kernel<'a> {
     group: usize,
     head_dim: usize,
     padded_dim: usize,
+    v_head_dim: usize,
+    padded_v_dim: usize,
     alibi_slopes: Option<&'a [f32]>,
     sink_logits: Option<&'a [f32]>,
     q: (*const u8, Layout),
@@ -118,13 +122,13 @@ impl Kernel<'_> {
         let token = seq.q_start as usize + row / self.group;
         let empty = l == 0.0;
         let (factor, divisor) = (S::splat(factor), S::splat(if empty { 1.0 } else { l }));
-        for d in (0..self.padded_dim).step_by(S::LANES) {
+        for d in (0..self.padded_v_dim).step_by(S::LANES) {
             let x = S::mul(S::load(o.add(d)), factor);
             S::store(o.add(d), S::div(x, divisor));
         }
         let (out, layout) = &self.out;
         let at = token * layout.strides[0] + head * layout.strides[1];
-        store_row_as::<S>(layout.dtype, o, out.get().add(at * layout.dtype.size()), self.head_dim);
+        store_row_as::<S>(layout.dtype, o, out.get().add(at * layout.dtype.size()), self.v_head_dim);
         if let Some((lse, layout)) = &self.lse {
             let at = token * layout.strides[0] + head * layout.strides[1];
             let value = if empty { f32::NEG_INFINITY } else { (m + l.log2()) * LN_2 };
@@ -158,7 +162,7 @@ impl Task for Attend<'_> {
         let mut at = start;
         loop {
             let stop = (at / section).saturating_add(1).saturating_mul(section).min(end);
-            scratch.state.init(rows, kernel.padded_dim);
+            scratch.state.init(rows, kernel.padded_v_dim);
             while at < stop {
                 let n = (stop - at).min(KV_BLOCK);
                 self.block::<S>(seq, at, n);
@@ -254,7 +258,7 @@ impl Attend<'_> {
             self.softmax_row::<S>(seq, i, at, n);
         }
 
-        let o = scratch.state.o.add(first * dim);
+        let o = scratch.state.o.add(first * kernel.padded_v_dim);
         kernel.kv.add_pv::<S>(place, at, n, s, m, o, scratch.v);
     }
 
@@ -311,8 +315,8 @@ impl Attend<'_> {
         let correction = exp2::<S>(old - base);
         *scratch.state.m.add(i) = new;
         *scratch.state.l.add(i) = *scratch.state.l.add(i) * correction + sum;
-        let o = scratch.state.o.add(i * kernel.padded_dim);
-        for d in (0..kernel.padded_dim).step_by(S::LANES) {
+        let o = scratch.state.o.add(i * kernel.padded_v_dim);
+        for d in (0..kernel.padded_v_dim).step_by(S::LANES) {
             S::store(o.add(d), S::mul(S::load(o.add(d)), S::splat(correction)));
         }
     }
@@ -346,12 +350,12 @@ impl Attend<'_> {
 
     unsafe fn write_partial(&self, at: usize, rows: usize) {
         let Attend { kernel, scratch: Scratch { state, .. }, .. } = self;
-        let stride = partial_stride(kernel.head_dim);
+        let stride = partial_stride(kernel.v_head_dim);
         for i in 0..rows {
             let to = kernel.partials.get().add((at + i) * stride);
-            to.copy_from_nonoverlapping(state.o.add(i * kernel.padded_dim), kernel.padded_dim);
-            *to.add(kernel.padded_dim) = *state.m.add(i);
-            *to.add(kernel.padded_dim + 1) = *state.l.add(i);
+            to.copy_from_nonoverlapping(state.o.add(i * kernel.padded_v_dim), kernel.padded_v_dim);
+            *to.add(kernel.padded_v_dim) = *state.m.add(i);
+            *to.add(kernel.padded_v_dim + 1) = *state.l.add(i);
         }
     }
 
@@ -360,11 +364,11 @@ impl Attend<'_> {
     unsafe fn fold<S: Simd>(&self, first: bool, rows: usize) {
         let Attend { kernel, scratch: Scratch { state, merged, .. }, .. } = self;
         if first {
-            merged.init(rows, kernel.padded_dim);
+            merged.init(rows, kernel.padded_v_dim);
         }
         for i in 0..rows {
-            let o = state.o.add(i * kernel.padded_dim);
-            merged.merge_row::<S>(i, kernel.padded_dim, *state.m.add(i), *state.l.add(i), o);
+            let o = state.o.add(i * kernel.padded_v_dim);
+            merged.merge_row::<S>(i, kernel.padded_v_dim, *state.m.add(i), *state.l.add(i), o);
         }
     }
 
@@ -372,7 +376,7 @@ impl Attend<'_> {
     unsafe fn finish<S: Simd>(&self, seq: &Sequence, state: &State) {
         let Attend { kernel, item, .. } = self;
         for (i, row) in (item.row_start as usize..item.row_end as usize).enumerate() {
-            let o = state.o.add(i * kernel.padded_dim);
+            let o = state.o.add(i * kernel.padded_v_dim);
             kernel.finish_row::<S>(seq, item.kv_head, row, *state.m.add(i), *state.l.add(i), o);
         }
     }
@@ -393,15 +397,15 @@ impl Task for Merge<'_> {
         let Merge { kernel, item, scratch: Scratch { merged, .. } } = self;
         let seq = &kernel.plan.sequences[item.seq as usize];
         let rows = (item.row_end - item.row_start) as usize;
-        let stride = partial_stride(kernel.head_dim);
-        merged.init(rows, kernel.padded_dim);
+        let stride = partial_stride(kernel.v_head_dim);
+        merged.init(rows, kernel.padded_v_dim);
         for i in 0..rows {
             for split in 0..item.num_splits as usize {
                 let from = kernel.partials.get().add((item.partial as usize + split * rows + i) * stride);
-                let (m, l) = (*from.add(kernel.padded_dim), *from.add(kernel.padded_dim + 1));
-                merged.merge_row::<S>(i, kernel.padded_dim, m, l, from);
+                let (m, l) = (*from.add(kernel.padded_v_dim), *from.add(kernel.padded_v_dim + 1));
+                merged.merge_row::<S>(i, kernel.padded_v_dim, m, l, from);
             }
-            let o = merged.o.add(i * kernel.padded_dim);
+            let o = merged.o.add(i * kernel.padded_v_dim);
             let row = item.row_start as usize + i;
             kernel.finish_row::<S>(seq, item.kv_head, row, *merged.m.add(i), *merged.l.add(i), o);
         }

@@ -52,6 +52,7 @@ pub(super) struct KvRows<'a> {
     page_size: usize,
     pages: &'a [u32],
     head_dim: usize,
+    v_head_dim: usize,
     source: Source,
 }
 
@@ -88,13 +89,15 @@ impl Rows {
 }
 
 impl<'a> KvRows<'a> {
-    pub(super) fn new(kv: &Kv<'_>, page_size: usize, pages: &'a [u32], head_dim: usize) -> Self {
+    /// `head_dims`: channels of K, of V.
+    pub(super) fn new(kv: &Kv<'_>, page_size: usize, pages: &'a [u32], head_dims: (usize, usize)) -> Self {
+        let (head_dim, v_head_dim) = head_dims;
         let source = match kv {
             Kv::Ragged { k, v } => Source::Float { dtype: k.dtype(), k: Rows::ragged(k), v: Rows::ragged(v) },
             Kv::Paged { k, v } => Source::Float { dtype: k.dtype(), k: Rows::paged(k), v: Rows::paged(v) },
             Kv::Int4(pages) => Source::Int4(Int4Rows::new(pages, head_dim)),
         };
-        KvRows { page_size, pages, head_dim, source }
+        KvRows { page_size, pages, head_dim, v_head_dim, source }
     }
 
     /// Page and offset of a sequence's token.
@@ -146,7 +149,7 @@ impl<'a> KvRows<'a> {
                     DType::BF16 => transpose::<S, bf16>(&rows, &ahead, self.head_dim, to),
                     _ => transpose::<S, f32>(&rows, &ahead, self.head_dim, to),
                 }
-                let bytes = self.head_dim * dtype.size();
+                let bytes = self.v_head_dim * dtype.size();
                 let (from, lines) = (bytes / 2, (bytes / 2).div_ceil(64));
                 Ahead { rows: ahead, from, lines, per_step: (KV_BLOCK * lines).div_ceil(self.head_dim) }
             }
@@ -163,8 +166,8 @@ impl<'a> KvRows<'a> {
         }
     }
 
-    /// `o[m, head_dim] += p[m, n] * V` for V of tokens `at..at + n`; rows of `p` are `KV_BLOCK` apart,
-    /// those of `o` the padded head_dim.
+    /// `o[m, v_head_dim] += p[m, n] * V` for V of tokens `at..at + n`; rows of `p` are `KV_BLOCK` apart,
+    /// those of `o` the padded v_head_dim.
     ///
     /// # Safety
     /// As [`KvRows::load_k`]; `p` and `o` hold `m` rows.
@@ -180,7 +183,7 @@ impl<'a> KvRows<'a> {
         o: *mut f32,
         spare: *mut f32,
     ) {
-        let stride = self.head_dim.next_multiple_of(16);
+        let stride = self.v_head_dim.next_multiple_of(16);
         let vecs = stride / S::LANES;
         match &self.source {
             Source::Float { dtype, k, v } => {
@@ -190,7 +193,7 @@ impl<'a> KvRows<'a> {
                 let ahead = self.addresses(k, place, next, next_n);
                 let lines = (self.head_dim * dtype.size()).div_ceil(64);
                 // A few query rows read each V once: it is widened on the way into the product.
-                if stride == self.head_dim && m <= S::TILE_ROWS {
+                if stride == self.v_head_dim && m <= S::TILE_ROWS {
                     let product = Product { rows: &rows, ahead: &ahead, m, n, vecs, p, o, stride };
                     return match dtype {
                         DType::F16 => product.run::<S, f16>(),
@@ -202,9 +205,9 @@ impl<'a> KvRows<'a> {
                     let to = spare.add(i * stride);
                     (0..lines).for_each(|line| S::prefetch(ahead[i].wrapping_add(64 * line)));
                     match dtype {
-                        DType::F16 => load_row::<S, f16>(row.cast(), to, self.head_dim),
-                        DType::BF16 => load_row::<S, bf16>(row.cast(), to, self.head_dim),
-                        _ => load_row::<S, f32>(row.cast(), to, self.head_dim),
+                        DType::F16 => load_row::<S, f16>(row.cast(), to, self.v_head_dim),
+                        DType::BF16 => load_row::<S, bf16>(row.cast(), to, self.v_head_dim),
+                        _ => load_row::<S, f32>(row.cast(), to, self.v_head_dim),
                     }
                 }
             }
@@ -221,7 +224,7 @@ impl<'a> KvRows<'a> {
             }
         }
         for i in 0..n {
-            for d in self.head_dim..stride {
+            for d in self.v_head_dim..stride {
                 *spare.add(i * stride + d) = 0.0;
             }
         }

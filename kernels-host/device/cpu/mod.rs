@@ -158,7 +158,7 @@ impl Backend for Cpu {
 
     fn plan_attention(&self, spec: &AttentionSpec, plan: &Plan) -> Result<Storage> {
         // Partial states, then the page lists, which a selection rewrites.
-        let partials = 4 * plan.partial_rows * partial_stride(spec.head_dim);
+        let partials = 4 * plan.partial_rows * partial_stride(spec.v_head_dim);
         let mut storage = self.alloc(partials + 4 * plan.pages.len())?;
         if let Some(bytes) = storage.bytes_mut() {
             bytes[partials..].copy_from_slice(bytemuck::cast_slice(&plan.pages));

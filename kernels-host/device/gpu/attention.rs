@@ -81,7 +81,8 @@ impl Workspace {
             partials: place(0),
             bytes: 0,
         };
-        w.bytes = w.partials + 4 * plan.partial_rows * ferroflash_kernels::abi::partial_stride(spec.head_dim);
+        w.bytes =
+            w.partials + 4 * plan.partial_rows * ferroflash_kernels::abi::partial_stride(spec.v_head_dim);
         w
     }
 
@@ -159,8 +160,8 @@ impl Gpu {
             group,
             page_size: Divisor::new(plan.page_size as u32),
             head_dim: spec.head_dim as u32,
+            v_head_dim: spec.v_head_dim as u32,
             section: plan.section as u32,
-            reserved: 0,
         };
         let few = plan.items.iter().filter(|i| is_few(i)).count();
         let many = plan.items.len() - few;
@@ -195,7 +196,7 @@ impl Gpu {
             sink_logits,
             partials: params.partials,
             group,
-            head_dim: spec.head_dim as u32,
+            v_head_dim: spec.v_head_dim as u32,
         };
         let name = if dtype == DType::BF16 { "merge_partials_bf16" } else { "merge_partials_f16" };
         self.launch(name, [plan.merges.len(), (most_rows as usize).div_ceil(ROWS_PER_CTA)], words(&merge))

@@ -19,7 +19,7 @@ pub(super) fn rows(spec: &AttentionSpec, batch: &Batch<'_>, splits: Splits) -> O
     if int4 || matches!(splits, Splits::Fixed(_)) || total_q > i32::MAX as u32 || spec.num_kv_heads == 0 {
         return None;
     }
-    PrefillTile::choose(spec.head_dim, spec.head_dim)?.q_rows(spec.group().max(1))
+    PrefillTile::choose(spec.head_dim, spec.v_head_dim)?.q_rows(spec.group().max(1))
 }
 
 /// The entry for a tile, with or without soft cap, ALiBi, scales that are not positive, and lists of pages.
@@ -71,7 +71,7 @@ impl Gpu {
         count: usize,
     ) -> Result<()> {
         let (Kv::Ragged { k, v } | Kv::Paged { k, v }) = kv else { return Ok(()) };
-        let Some(tile) = PrefillTile::choose(spec.head_dim, spec.head_dim) else { return Ok(()) };
+        let Some(tile) = PrefillTile::choose(spec.head_dim, spec.v_head_dim) else { return Ok(()) };
         let Some(q_rows) = tile.q_rows(spec.group()) else { return Ok(()) };
         if count == 0 {
             return Ok(());
@@ -112,7 +112,7 @@ impl Gpu {
         let launch = PrefillSm90Params {
             q_map,
             k_map: kv_map(k, spec.head_dim, tile.head_dim)?,
-            v_map: kv_map(v, spec.head_dim, tile.v_head_dim)?,
+            v_map: kv_map(v, spec.v_head_dim, tile.v_head_dim)?,
             attention: *params,
             next_item,
             num_items: count as u32,

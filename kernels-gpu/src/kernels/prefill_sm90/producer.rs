@@ -38,13 +38,27 @@ pub(super) fn run<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS:
             if step > 0 {
                 k.wait_empty(block_at);
                 let tile = shared.k(block_at.slot());
-                source.load(k_map, &p.attention.k, tile, step - 1, k.full(block_at.slot()), &mut late);
+                source.load(
+                    k_map,
+                    (&p.attention.k, p.attention.head_dim),
+                    tile,
+                    step - 1,
+                    k.full(block_at.slot()),
+                    &mut late,
+                );
             }
             if step < steps {
                 let v_at = block_at.previous();
                 v.wait_empty(v_at);
                 let tile = shared.v(v_at.slot());
-                source.load(v_map, &p.attention.v, tile, step, v.full(v_at.slot()), &mut late);
+                source.load(
+                    v_map,
+                    (&p.attention.v, p.attention.v_head_dim),
+                    tile,
+                    step,
+                    v.full(v_at.slot()),
+                    &mut late,
+                );
             }
             if step == 0 {
                 break;
@@ -129,7 +143,7 @@ impl<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS: u32> Source<
     fn load<const C: u32>(
         &self,
         map: u64,
-        rows: &PageRows,
+        (rows, channels): (&PageRows, u32),
         tile: Panels<N, C>,
         step: u32,
         full: u32,
@@ -143,7 +157,7 @@ impl<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS: u32> Source<
             let (item, seq) = Place::new(a, self.shared.place(self.slot)).item();
             let pages = PageList::new(a.pages, a.page_size, &item);
             // SAFETY: the tile is empty; the rows are the item's.
-            unsafe { KvRows::new(rows, &seq, &item).gather(&pages, tile, (at, kv_end), a.head_dim) };
+            unsafe { KvRows::new(rows, &seq, &item).gather(&pages, tile, (at, kv_end), channels) };
             isa::cp_async_commit();
             return late.then(full);
         }
