@@ -172,12 +172,22 @@ impl Cluster<'_> {
                 })
             })
             .collect();
+        // Turns that a warp is left out, now and then: on a GPU nothing keeps warps in step.
+        let mut stalls: Vec<u32> = self.warps.iter().map(|_| 0).collect();
         let mut live = threads;
         while live > 0 {
             let first = self.rng.below(self.warps.len());
             let mut progress = false;
             for i in 0..self.warps.len() {
                 let warp = (first + i) % self.warps.len();
+                if stalls[warp] > 0 {
+                    stalls[warp] -= 1;
+                    progress |= self.lanes[warp * 32..warp * 32 + 32].iter().any(|l| l.ready);
+                    continue;
+                }
+                if self.rng.below(128) == 0 {
+                    stalls[warp] = self.rng.below(64) as u32;
+                }
                 let turn = self.rng.below(32);
                 for j in 0..32 {
                     let thread = warp * 32 + (turn + j) % 32;

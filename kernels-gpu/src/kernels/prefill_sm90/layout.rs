@@ -94,9 +94,9 @@ impl<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS: u32> Layout<
         // SAFETY: the caller's promise.
         unsafe {
             if isa::thread_x() == 0 {
-                // A lane of each consumer's warp gives a slot back.
+                // A lane of each consumer's warp gives a slot back; of items, which the producer reads too, of all warps.
                 let warps = 4 * Self::CONSUMERS;
-                self.items().init(warps);
+                self.items().init(warps + 4);
                 self.q_stages().init(warps);
                 self.k_stages().init(warps);
                 self.v_stages().init(warps);

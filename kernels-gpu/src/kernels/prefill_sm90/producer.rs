@@ -6,7 +6,7 @@ use crate::abi::{PageRows, PrefillSm90Params, TensorMap};
 use crate::attn::kv::{KvRows, PageList};
 use crate::attn::rows::{Place, load_item};
 use crate::isa;
-use crate::sched::{Cursor, Walk};
+use crate::sched::{Cursor, Stages, Walk};
 use crate::tile::Panels;
 
 /// All lanes of the producer.
@@ -24,41 +24,25 @@ pub(super) fn run<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS:
     let mut late = Late { barrier: 0 };
     while next_item(p, shared, item_at) {
         let source = Source { p, shared, slot: item_at.slot() };
-        q.wait_empty(item_at.of());
         if isa::thread_x() == 0 {
+            q.wait_empty(item_at.of());
             // SAFETY: the slot is empty; the host has described Q with boxes of `q_rows` rows.
             unsafe { source.load_q(q_map, q.full(0)) };
         }
-        item_at.advance();
-        // SAFETY: the slot is full until the consumers give it back.
+        // SAFETY: the slot is full until all who read it give it back.
         let (Walk { steps, .. }, _) = unsafe { shared.walk(source.slot) };
         // K of a block, then V of the block before it.
         let mut step = steps;
         loop {
             if step > 0 {
-                k.wait_empty(block_at);
                 let tile = shared.k(block_at.slot());
-                source.load(
-                    k_map,
-                    (&p.attention.k, p.attention.head_dim),
-                    tile,
-                    step - 1,
-                    k.full(block_at.slot()),
-                    &mut late,
-                );
+                let rows = (&p.attention.k, p.attention.head_dim);
+                source.load((k, block_at), k_map, rows, tile, step - 1, &mut late);
             }
             if step < steps {
                 let v_at = block_at.previous();
-                v.wait_empty(v_at);
-                let tile = shared.v(v_at.slot());
-                source.load(
-                    v_map,
-                    (&p.attention.v, p.attention.v_head_dim),
-                    tile,
-                    step,
-                    v.full(v_at.slot()),
-                    &mut late,
-                );
+                let rows = (&p.attention.v, p.attention.v_head_dim);
+                source.load((v, v_at), v_map, rows, shared.v(v_at.slot()), step, &mut late);
             }
             if step == 0 {
                 break;
@@ -67,6 +51,8 @@ pub(super) fn run<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS:
             block_at.advance();
         }
         late.flush();
+        shared.items().release(item_at);
+        item_at.advance();
     }
 }
 
@@ -79,9 +65,9 @@ fn next_item<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS: u32>
     cursor: Cursor<ITEMS>,
 ) -> bool {
     let items = shared.items();
-    items.wait_empty(cursor);
     let place = Place::new(&p.attention, shared.place(cursor.slot()));
     if isa::thread_x() == 0 {
+        items.wait_empty(cursor);
         // Every CTA takes one number past the items, the last of which sets the counter back to 0.
         // SAFETY: the host gives the counter; the slot is empty, and its barrier initialised.
         unsafe {
@@ -136,24 +122,30 @@ impl<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS: u32> Source<
         }
     }
 
-    /// Sets out with K or V of a step's block. Blocks that the item's end cuts are gathered row by row, with
-    /// zeros past the end: what stands there in memory may be anything, and 0 times it NaN.
+    /// Sets out with K or V of a step's block. Blocks that the item's end cuts are gathered row by row, with zeros past the
+    /// end: what stands there in memory may be anything, and 0 times it NaN.
+    ///
+    /// Boxes are the first warp's; the others go on. Before they gather, all of them meet: who waits for a slot must be
+    /// neither ahead nor behind by a round, whose parities are the same.
     #[inline(always)]
     #[track_caller]
     fn load<const C: u32>(
         &self,
+        (stages, cursor): (Stages<STAGES>, Cursor<STAGES>),
         map: u64,
         (rows, channels): (&PageRows, u32),
         tile: Panels<N, C>,
         step: u32,
-        full: u32,
         late: &mut Late,
     ) {
         let a = &self.p.attention;
+        let full = stages.full(cursor.slot());
         // SAFETY: the item's slot is full.
         let (walk, [kv_start, kv_end, _]) = unsafe { self.shared.walk(self.slot) };
         let at = kv_start + N * walk.block(step);
         if self.p.box_rows == 0 || at + N > kv_end {
+            isa::bar_sync_named(PRODUCER_BARRIER, WARPGROUP);
+            stages.wait_empty(cursor);
             let (item, seq) = Place::new(a, self.shared.place(self.slot)).item();
             let pages = PageList::new(a.pages, a.page_size, &item);
             // SAFETY: the tile is empty; the rows are the item's.
@@ -165,6 +157,7 @@ impl<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS: u32> Source<
         if isa::thread_x() >= 32 {
             return;
         }
+        stages.wait_empty(cursor);
         if isa::thread_x() == 0 {
             // SAFETY: initialised.
             unsafe { isa::mbarrier_arrive_expect_tx(full, Panels::<N, C>::BYTES) };
