@@ -136,12 +136,12 @@ fn prefill(device: &Device, problem: &Prefill) -> Result<()> {
     spec.causal = causal;
     let indptr: Vec<u32> = (0..=batch).map(|i| (i * seq_len) as u32).collect();
     let seq_lens = vec![seq_len as u32; batch];
-    let num_pages = if page_size == 0 { 0 } else { total / page_size };
+    // Ragged KV has none.
+    let [num_pages, max_blocks] = [total, seq_len].map(|tokens| tokens.checked_div(page_size).unwrap_or(0));
     let table = scattered(num_pages);
     let kv_table = if page_size == 0 {
         KvTable::Ragged { kv_indptr: &indptr }
     } else {
-        let max_blocks = seq_len / page_size;
         KvTable::Block { page_size, block_table: &table, max_blocks, seq_lens: &seq_lens }
     };
     let kv_shape = match page_size {

@@ -12,7 +12,7 @@ use std::{env, fs, io};
 pub(crate) const TARGETS: [&str; 2] = ["sm_80", "sm_90a"];
 
 /// Register arrays must not stay arrays: every loop over one is unrolled.
-fn rustflags(target: &str) -> String {
+pub(crate) fn rustflags(target: &str) -> String {
     format!(
         "-C target-cpu={target} --cfg ferroflash_target=\"{target}\" --emit=asm -C llvm-args=-unroll-threshold=100000"
     )

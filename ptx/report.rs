@@ -8,7 +8,7 @@ use std::path::Path;
 
 use ferroflash_kernels::abi::{PREFILL_SM90, PrefillTile};
 
-use super::assemble::Tools;
+use super::assemble::{Code, Loop, Tools};
 use super::compile::Manifest;
 
 /// Tensor-core operations that an SM does in a cycle: 989 TFLOP/s of 132 SMs at 1.83 GHz (H100 SXM, dense f16; NVIDIA's
@@ -61,6 +61,31 @@ pub(crate) struct Figures {
 }
 
 impl Figures {
+    pub(crate) fn new(
+        entry: &str,
+        channels: (usize, usize),
+        block: usize,
+        code: &Code,
+        round: &Loop,
+    ) -> Self {
+        Figures {
+            entry: entry.to_string(),
+            channels,
+            block,
+            ideal: Ideal::new(channels.0, block),
+            instructions: round.instructions,
+            products: round.count("HGMMA"),
+            exponentials: round.count("MUFU"),
+            multiply_adds: round.count("FFMA"),
+            maxima: round.count("FMNMX"),
+            moves: round.moves,
+            overlaps: round.overlaps,
+            spills: code.spills(),
+            registers: code.registers_of_roles().unwrap_or_default(),
+            plan: PLAN,
+        }
+    }
+
     /// Cycles of an SM for a block of 128 rows: of the tensor cores, of the exponential units, and of issuing the two
     /// consumers' instructions, one a cycle in each of the SM's four parts.
     pub(crate) fn cycles(&self) -> (u32, u32, u32) {
@@ -91,22 +116,7 @@ pub(crate) fn figures(
             let (channels, block) = ((tile.head_dim, tile.v_head_dim), tile.block);
             let code = code.get(&entry.name).ok_or_else(|| format!("{} is not in {file}", entry.name))?;
             let round = code.main_loop().ok_or_else(|| format!("{} has no loop", entry.name))?;
-            all.push(Figures {
-                entry: entry.name.clone(),
-                channels,
-                block,
-                ideal: Ideal::new(channels.0, block),
-                instructions: round.instructions,
-                products: round.count("HGMMA"),
-                exponentials: round.count("MUFU"),
-                multiply_adds: round.count("FFMA"),
-                maxima: round.count("FMNMX"),
-                moves: round.moves,
-                overlaps: round.overlaps,
-                spills: code.spills(),
-                registers: code.registers_of_roles().unwrap_or_default(),
-                plan: PLAN,
-            });
+            all.push(Figures::new(&entry.name, channels, block, code, &round));
         }
     }
     Ok(all)

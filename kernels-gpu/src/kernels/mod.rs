@@ -40,41 +40,51 @@ impl Config for WarpPerRow {
     const SHARED_BYTES: u32 = 0;
 }
 
+/// An entry's device symbol, under a condition.
+macro_rules! device_entry {
+    ($when:meta, $target:literal $family:literal $name:ident($params:ty $(, $at:ident)?) = $body:path, $config:ty) => {
+        // What the tool that writes the PTX out has to know, in the PTX.
+        #[cfg(all(target_arch = "nvptx64", $when))]
+        core::arch::global_asm!(
+            concat!("// entry ", stringify!($name), " ", $family, " ", $target, " {t} {c} {s} {p} {k}"),
+            t = const <$config as Config>::THREADS,
+            c = const <$config as Config>::MIN_CTAS,
+            s = const <$config as Config>::SHARED_BYTES,
+            p = const size_of::<$params>(),
+            k = const <$config as Config>::CLUSTER,
+        );
+
+        /// Device entry.
+        ///
+        /// # Safety
+        /// Launched with the config's sizes and parameters that the host has checked.
+        #[cfg(all(target_arch = "nvptx64", $when))]
+        #[unsafe(no_mangle)]
+        pub unsafe extern "ptx-kernel" fn $name(p: $params) {
+            $(
+                // Where the parameters are: tensor maps are used by their address.
+                let $at: u64;
+                // SAFETY: names the entry's own parameter.
+                unsafe {
+                    core::arch::asm!(
+                        concat!("mov.b64 {at}, ", stringify!($name), "_param_0; cvta.param.u64 {at}, {at};"),
+                        at = out(reg64) $at, options(pure, nomem, nostack))
+                }
+            )?
+            // SAFETY: the launch's promise.
+            unsafe { $body(&p $(, $at)?) }
+        }
+    };
+}
+
 /// The one table of entries. From a line come the device symbol, the simulator's function, and the launch
 /// bounds, which are inserted where the PTX is written out.
 macro_rules! entries {
     ($($target:literal $family:literal $name:ident($params:ty $(, $at:ident)?) = $body:path, $config:ty;)*) => {
         $(
-            // What the tool that writes the PTX out has to know, in the PTX.
-            #[cfg(all(target_arch = "nvptx64", ferroflash_target = $target))]
-            core::arch::global_asm!(
-                concat!("// entry ", stringify!($name), " ", $family, " ", $target, " {t} {c} {s} {p} {k}"),
-                t = const <$config as Config>::THREADS,
-                c = const <$config as Config>::MIN_CTAS,
-                s = const <$config as Config>::SHARED_BYTES,
-                p = const size_of::<$params>(),
-                k = const <$config as Config>::CLUSTER,
-            );
-
-            /// Device entry.
-            ///
-            /// # Safety
-            /// Launched with the config's sizes and parameters that the host has checked.
-            #[cfg(all(target_arch = "nvptx64", ferroflash_target = $target))]
-            #[unsafe(no_mangle)]
-            pub unsafe extern "ptx-kernel" fn $name(p: $params) {
-                $(
-                    // Where the parameters are: tensor maps are used by their address.
-                    let $at: u64;
-                    // SAFETY: names the entry's own parameter.
-                    unsafe {
-                        core::arch::asm!(
-                            concat!("mov.b64 {at}, ", stringify!($name), "_param_0; cvta.param.u64 {at}, {at};"),
-                            at = out(reg64) $at, options(pure, nomem, nostack))
-                    }
-                )?
-                // SAFETY: the launch's promise.
-                unsafe { $body(&p $(, $at)?) }
+            device_entry! {
+                ferroflash_target = $target,
+                $target $family $name($params $(, $at)?) = $body, $config
             }
         )*
 
@@ -207,6 +217,34 @@ entries! {
     "sm_90a" "conformance" conformance_sm90(ConformanceSm90Params, at) = conformance_sm90::body, conformance_sm90::Config;
     "sm_90a" "conformance" conformance_sm90_cluster(ConformanceSm90Params, at) = conformance_sm90::cluster, conformance_sm90::Cluster;
     "sm_90a" "conformance" conformance_sm90_roles(ConformanceSm90Params, at) = conformance_sm90::roles, conformance_sm90::Roles;
+}
+
+/// Other tiles of Hopper's prefill, for `examples/search_tiles.rs` to look at: compiled with the cfg alone, unknown to the
+/// host.
+macro_rules! alternatives {
+    ($($name:ident = $m:literal $n:literal $chunks:literal $v_chunks:literal $s:literal $steps:literal $o:literal;)*) => {$(
+        device_entry! {
+            ferroflash_alternatives,
+            "sm_90a" "alternatives" $name(PrefillSm90Params, at) =
+                prefill_sm90::body::<BF16, false, $m, $n, $chunks, $v_chunks, $s, $steps, $o>,
+                prefill_sm90::Layout<$m, $n, $chunks, $v_chunks>
+        }
+    )*};
+}
+
+alternatives! {
+    alternative_d64_64_128x128 = 128 128 8 8 16 8 8;
+    alternative_d64_64_128x176 = 128 176 8 8 22 11 8;
+    alternative_d64_64_192x80 = 192 80 8 8 10 5 8;
+    alternative_d64_64_192x96 = 192 96 8 8 12 6 8;
+    alternative_d96_96_128x144 = 128 144 12 12 18 9 12;
+    alternative_d96_96_128x160 = 128 160 12 12 20 10 12;
+    alternative_d128_128_128x112 = 128 112 16 16 14 7 16;
+    alternative_d128_128_128x144 = 128 144 16 16 18 9 16;
+    alternative_d128_128_128x176 = 128 176 16 16 22 11 16;
+    alternative_d192_128_128x112 = 128 112 24 16 14 7 16;
+    alternative_d192_192_128x112 = 128 112 24 24 14 7 24;
+    alternative_d256_256_128x80 = 128 80 32 32 10 5 32;
 }
 
 #[cfg(all(test, not(target_arch = "nvptx64")))]

@@ -14,7 +14,6 @@ use crate::tile::{Half, Pending};
 
 /// All lanes of consumer `consumer`.
 #[inline(always)]
-#[track_caller]
 pub(super) fn run<
     T: Half,
     const EXTRAS: bool,
@@ -111,7 +110,6 @@ struct Rows<'a, const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS: u
 impl<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS: u32> Rows<'_, M, N, CHUNKS, V_CHUNKS> {
     /// Products of a step's block become weights; gives the factors for what was accumulated before.
     #[inline(always)]
-    #[track_caller]
     fn weigh<const EXTRAS: bool, const TILES: usize>(
         &self,
         s: &mut Scores<TILES>,
@@ -144,13 +142,11 @@ struct Baton<const M: u32>(u32);
 
 impl<const M: u32> Baton<M> {
     #[inline(always)]
-    #[track_caller]
     fn take(&self) {
         isa::bar_sync_named(BATON_BARRIER + self.0, 2 * WARPGROUP);
     }
 
     #[inline(always)]
-    #[track_caller]
     fn pass(&self) {
         let next = if self.0 == M / 64 - 1 { 0 } else { self.0 + 1 };
         isa::bar_arrive_named(BATON_BARRIER + next, 2 * WARPGROUP);

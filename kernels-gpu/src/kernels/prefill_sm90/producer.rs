@@ -11,7 +11,6 @@ use crate::tile::Panels;
 
 /// All lanes of the producer.
 #[inline(always)]
-#[track_caller]
 pub(super) fn run<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS: u32>(
     p: &PrefillSm90Params,
     maps: u64,
@@ -58,7 +57,6 @@ pub(super) fn run<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS:
 
 /// Takes the next item and shows it to the consumers; false where there is none, and they are told so.
 #[inline(always)]
-#[track_caller]
 fn next_item<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS: u32>(
     p: &PrefillSm90Params,
     shared: Layout<M, N, CHUNKS, V_CHUNKS>,
@@ -107,7 +105,6 @@ impl<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS: u32> Source<
     /// # Safety
     /// Its slot is empty; `map` describes Q with boxes of `q_rows` rows.
     #[inline(always)]
-    #[track_caller]
     unsafe fn load_q(&self, map: u64, full: u32) {
         // SAFETY: the item's slot is full; the rest is the caller's promise.
         unsafe {
@@ -128,7 +125,6 @@ impl<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS: u32> Source<
     /// Boxes are the first warp's; the others go on. Before they gather, all of them meet: who waits for a slot must be
     /// neither ahead nor behind by a round, whose parities are the same.
     #[inline(always)]
-    #[track_caller]
     fn load<const C: u32>(
         &self,
         (stages, cursor): (Stages<STAGES>, Cursor<STAGES>),
@@ -194,7 +190,6 @@ struct Late {
 impl Late {
     /// A tile has set out as the lane's newest group.
     #[inline(always)]
-    #[track_caller]
     fn then(&mut self, full: u32) {
         if self.barrier != 0 {
             isa::cp_async_wait::<1>();
@@ -204,7 +199,6 @@ impl Late {
     }
 
     #[inline(always)]
-    #[track_caller]
     fn flush(&mut self) {
         if self.barrier != 0 {
             isa::cp_async_wait::<0>();
@@ -214,7 +208,6 @@ impl Late {
     }
 
     #[inline(always)]
-    #[track_caller]
     fn tell(&self) {
         isa::fence_proxy_async();
         isa::bar_sync_named(PRODUCER_BARRIER, WARPGROUP);
