@@ -5,7 +5,8 @@ mod common;
 
 use common::cases::{Case, Place, Problem};
 use ferroflash::op::attention::AttentionPlan;
-use ferroflash::{AttentionSpec, Batch, DType, Device, KvTable, Splits};
+use ferroflash::{AttentionSpec, Batch, DType, Device, Kv, KvTable, Splits, Tensor};
+use ferroflash_kernels::abi::{PREFILL_SM90, PrefillTile};
 
 fn case(spec: AttentionSpec, lengths: Vec<(usize, usize)>, place: Place) -> Case {
     Case {
@@ -150,6 +151,62 @@ fn long_items_are_split_where_there_are_few() {
             let problem = Problem::new(case.clone());
             let outcome = problem.run(&device);
             problem.check(&device, &outcome).unwrap();
+        }
+    }
+}
+
+/// A plan is run by every layer: the counter that CTAs take items from is back at 0 after each run. Outputs begin at 16
+/// bytes, or the error says so.
+#[test]
+fn a_plan_runs_again_and_again() {
+    let (device, len) = (Device::sim_hopper(4), 300);
+    let spec = AttentionSpec::new(2, 2, 64).causal();
+    let indptr = [0, len];
+    let batch = Batch::new(&indptr, KvTable::Ragged { kv_indptr: &indptr });
+    let mut plan = AttentionPlan::new(&device, &spec, &batch, Splits::None).unwrap();
+    let shape = [len as usize, 2, 64];
+    let data: Vec<half::bf16> =
+        common::Rng(9).normals(len as usize * 128).into_iter().map(half::bf16::from_f32).collect();
+    let qkv = Tensor::from_slice(&device, &data, &shape).unwrap();
+    let kv = Kv::Ragged { k: qkv.view(), v: qkv.view() };
+    let mut outputs = Vec::new();
+    for _ in 0..3 {
+        let mut out = Tensor::zeros(&device, DType::BF16, &shape).unwrap();
+        plan.run(qkv.view(), kv, out.view_mut(), None).unwrap();
+        outputs.push(out.to_vec::<half::bf16>().unwrap());
+    }
+    assert!(outputs[0].iter().any(|x| x.to_f32() != 0.0));
+    assert!(outputs[1] == outputs[0] && outputs[2] == outputs[0]);
+    let mut wide = Tensor::zeros(&device, DType::BF16, &[len as usize, 2, 68]).unwrap();
+    let out = wide.view_mut().narrow(2, 4, 64).unwrap();
+    let refused = plan.run(qkv.view(), kv, out, None).unwrap_err();
+    assert!(refused.to_string().contains("multiples of 16 bytes"), "{refused}");
+}
+
+#[test]
+fn tiles_rows_and_boxes_by_the_problem() {
+    let name = |k, v| PrefillTile::choose(k, v).map(|t| t.name);
+    assert_eq!(name(64, 64), Some("d64"));
+    assert_eq!(name(72, 72), Some("d96"));
+    assert_eq!(name(192, 128), Some("d192_128"));
+    assert_eq!(name(192, 136), Some("d192"));
+    assert_eq!(name(256, 8), Some("d256"));
+    assert_eq!(name(264, 8), None);
+    for tile in PREFILL_SM90 {
+        println!("{tile}");
+        for group in 1..=130 {
+            let rows = tile.q_rows(group);
+            assert_eq!(rows.is_some(), group <= 128);
+            assert!(rows.is_none_or(|r| r.is_multiple_of(group) && r <= 128 && r + group > 128));
+        }
+        assert_eq!(tile.box_rows(0), Some(tile.block), "ragged KV comes a block at a time");
+        assert_eq!(tile.box_rows(16), Some(16));
+        assert!([1, 4, 100].iter().all(|&page_size| tile.box_rows(page_size).is_none()));
+        for page_size in 1..600 {
+            let Some(rows) = tile.box_rows(page_size) else { continue };
+            assert!(
+                rows.is_multiple_of(8) && tile.block.is_multiple_of(rows) && page_size.is_multiple_of(rows)
+            );
         }
     }
 }
