@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds target/gpu-bundle: test and bench binaries and scripts for a machine with an NVIDIA driver, glibc and Python,
-# and no Rust. Copy the folder there and call `run.sh check`, `run.sh bench`, `run.sh peers`.
+# and no Rust; and target/gpu-bundle.tar.gz, the same to be carried. There call `run.sh check`, `run.sh bench`,
+# `run.sh peers`.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=target/gpu-bundle
@@ -21,7 +22,8 @@ for line in sys.stdin:
 ' "$out"
 cp benches/gpu/run.sh benches/gpu/run.py benches/gpu/peers.py "$out/"
 git rev-parse HEAD >"$out/commit"
-strip --strip-debug "$out"/{attention,append,int4,sparse,layer,conformance,conformance_sm90,cuda,gpu}
-bytes=$(du -sb "$out" | cut -f1)
-echo "$out: $bytes bytes"
-[ "$bytes" -lt 60000000 ] || { echo "larger than 60 MB"; exit 1; }
+strip "$out"/{attention,append,int4,sparse,layer,conformance,conformance_sm90,cuda,gpu}
+tar --create --gzip --file "$out.tar.gz" --directory target gpu-bundle
+bytes=$(wc -c <"$out.tar.gz")
+echo "$out.tar.gz: $bytes bytes"
+[ "$bytes" -lt 40000000 ] || { echo "larger than 40 MB"; exit 1; }
