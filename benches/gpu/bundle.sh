@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds target/gpu-bundle: test and bench binaries and scripts for a machine with an NVIDIA driver, glibc and Python,
-# and no Rust; and target/gpu-bundle.tar.gz, the same to be carried. There call `run.sh check`, `run.sh bench`,
+# and no Rust; and target/gpu-bundle.tar.xz, the same to be carried. There call `run.sh check`, `run.sh bench`,
 # `run.sh peers`.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -23,7 +23,7 @@ for line in sys.stdin:
 cp benches/gpu/run.sh benches/gpu/run.py benches/gpu/peers.py "$out/"
 git rev-parse HEAD >"$out/commit"
 strip "$out"/{attention,append,int4,sparse,layer,conformance,conformance_sm90,cuda,gpu}
-tar --create --gzip --file "$out.tar.gz" --directory target gpu-bundle
-bytes=$(wc -c <"$out.tar.gz")
-echo "$out.tar.gz: $bytes bytes"
-[ "$bytes" -lt 40000000 ] || { echo "larger than 40 MB"; exit 1; }
+tar --create --xz --file "$out.tar.xz" --directory target gpu-bundle
+bytes=$(wc -c <"$out.tar.xz")
+echo "$out.tar.xz: $bytes bytes"
+[ "$bytes" -lt 30000000 ] || { echo "larger than 30 MB"; exit 1; }
