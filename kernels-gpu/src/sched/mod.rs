@@ -8,5 +8,5 @@ mod walk;
 
 pub(crate) use int4_ring::Int4Ring;
 pub(crate) use ring::{Ring, Source, section_end};
-pub(crate) use stages::{Cursor, Stages};
+pub(crate) use stages::{Cursor, Full, Stages};
 pub(crate) use walk::Walk;

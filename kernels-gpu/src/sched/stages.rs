@@ -46,6 +46,17 @@ impl<const SLOTS: u32> Cursor<SLOTS> {
     }
 }
 
+/// A slot that is full, until it is given back: what stands there is reached through it alone.
+#[must_use]
+pub(crate) struct Full<const SLOTS: u32>(Cursor<SLOTS>);
+
+impl<const SLOTS: u32> Full<SLOTS> {
+    #[inline(always)]
+    pub(crate) fn slot(&self) -> u32 {
+        self.0.slot()
+    }
+}
+
 #[inline(always)]
 #[track_caller]
 fn wait(barrier: u32, parity: u32) {
@@ -101,18 +112,19 @@ impl<const SLOTS: u32> Stages<SLOTS> {
     /// Waits until the slot is full.
     #[inline(always)]
     #[track_caller]
-    pub(crate) fn wait_full(&self, cursor: Cursor<SLOTS>) {
+    pub(crate) fn wait_full(&self, cursor: Cursor<SLOTS>) -> Full<SLOTS> {
         wait(self.full(cursor.slot()), cursor.parity());
+        Full(cursor)
     }
 
     /// Gives the slot back, by one lane of each warp after all of its lanes are done with it.
     #[inline(always)]
     #[track_caller]
-    pub(crate) fn release(&self, cursor: Cursor<SLOTS>) {
+    pub(crate) fn release(&self, full: Full<SLOTS>) {
         isa::warp_sync();
         if isa::thread_x().is_multiple_of(32) {
             // SAFETY: initialised before the slot was filled.
-            unsafe { isa::mbarrier_arrive(self.empty(cursor.slot())) };
+            unsafe { isa::mbarrier_arrive(self.empty(full.slot())) };
         }
     }
 }

@@ -41,60 +41,61 @@ pub(super) fn run<
         baton.pass();
     }
     loop {
-        items.wait_full(item_at);
-        let place = Place::new(p, shared.place(item_at.slot()));
+        let item = items.wait_full(item_at);
+        let place = Place::new(p, shared.place(item.slot()));
         if place.is_none() {
             return;
         }
         // SAFETY: the slot is full.
-        let (Walk { steps, .. }, _) = unsafe { shared.walk(item_at.slot()) };
+        let (Walk { steps, .. }, _) = unsafe { shared.walk(item.slot()) };
         let rows = place.rows(row + isa::thread_x() % WARPGROUP / 32 * 16);
         let mut state = State::EMPTY;
         let mut o = [[0.0; 4]; O_TILES];
-        q.wait_full(item_at.of());
-        let seen = Rows { rows, shared, slot: item_at.slot(), factor };
+        let q_full = q.wait_full(item_at.of());
+        let q_tile = shared.full_q(&q_full);
+        let seen = Rows { rows, shared, slot: item.slot(), factor };
         let mut step = steps - 1;
-        k.wait_full(k_at);
+        let k_full = k.wait_full(k_at);
         // SAFETY: both are full.
-        let s = unsafe { Pending::a_bt::<T, M, N, CHUNKS>(shared.q(), row, shared.k(k_at.slot())) };
+        let s = unsafe { Pending::a_bt::<T, M, N, CHUNKS>(q_tile, row, shared.full_k(&k_full)) };
         let mut s = s.wait::<0>();
-        k.release(k_at);
+        k.release(k_full);
         k_at.advance();
         // Nothing has been accumulated yet that there could be to scale.
         seen.weigh::<EXTRAS, S_TILES>(&mut s, &mut state, step);
         let mut weights = pack::<T, S_TILES, STEPS>(&s);
         while step > 0 {
             step -= 1;
-            k.wait_full(k_at);
+            let k_full = k.wait_full(k_at);
             baton.take();
             // SAFETY: K, and V below, are full until they are released.
-            let s = unsafe { Pending::a_bt::<T, M, N, CHUNKS>(shared.q(), row, shared.k(k_at.slot())) };
-            let v_tile = shared.v(v_at.slot());
-            v.wait_full(v_at);
+            let s = unsafe { Pending::a_bt::<T, M, N, CHUNKS>(q_tile, row, shared.full_k(&k_full)) };
+            let v_full = v.wait_full(v_at);
+            let v_tile = shared.full_v(&v_full);
             // SAFETY: as above.
             let sum = unsafe { Pending::plus_a_b::<T, N, V_CHUNKS, STEPS>(o, &weights, v_tile) };
             baton.pass();
             let mut s = s.wait::<1>();
-            k.release(k_at);
+            k.release(k_full);
             k_at.advance();
             let correction = seen.weigh::<EXTRAS, S_TILES>(&mut s, &mut state, step);
             isa::settle(state.l[0] + state.l[1]);
             o = sum.wait::<0>();
-            v.release(v_at);
+            v.release(v_full);
             v_at.advance();
             rescale(&mut o, correction);
             weights = pack::<T, S_TILES, STEPS>(&s);
         }
         // Q of the next item may come.
-        q.release(item_at.of());
-        v.wait_full(v_at);
+        q.release(q_full);
+        let v_full = v.wait_full(v_at);
         // SAFETY: V is full.
-        let sum = unsafe { Pending::plus_a_b::<T, N, V_CHUNKS, STEPS>(o, &weights, shared.v(v_at.slot())) };
+        let sum = unsafe { Pending::plus_a_b::<T, N, V_CHUNKS, STEPS>(o, &weights, shared.full_v(&v_full)) };
         o = sum.wait::<0>();
-        v.release(v_at);
+        v.release(v_full);
         v_at.advance();
         Output { p, channel: 0, leads: true }.end_item::<T, O_TILES>(&rows, state.reduced(), &o);
-        items.release(item_at);
+        items.release(item);
         item_at.advance();
     }
 }

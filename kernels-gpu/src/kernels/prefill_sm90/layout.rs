@@ -5,7 +5,7 @@ use crate::abi::{Sequence, WorkItem};
 use crate::attn::rows::Place;
 use crate::isa;
 use crate::kernels::Config;
-use crate::sched::{Stages, Walk};
+use crate::sched::{Full, Stages, Walk};
 use crate::tile::Panels;
 
 /// Slots for K, and as many for V: one in use, one on its way. More do not fit beside the tiles.
@@ -39,16 +39,37 @@ impl<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS: u32> Layout<
         Layout { base: isa::shared_base() }
     }
 
+    /// Q, for the producer.
     #[inline(always)]
     pub(super) fn q(&self) -> Panels<M, CHUNKS> {
         Panels::new(self.base)
     }
 
+    /// Q, once it is there.
+    #[inline(always)]
+    pub(super) fn full_q(&self, _: &Full<1>) -> Panels<M, CHUNKS> {
+        self.q()
+    }
+
+    /// K of a block, once it is there.
+    #[inline(always)]
+    pub(super) fn full_k(&self, full: &Full<STAGES>) -> Panels<N, CHUNKS> {
+        self.k(full.slot())
+    }
+
+    /// V of a block, once it is there.
+    #[inline(always)]
+    pub(super) fn full_v(&self, full: &Full<STAGES>) -> Panels<N, V_CHUNKS> {
+        self.v(full.slot())
+    }
+
+    /// A slot of K, for the producer.
     #[inline(always)]
     pub(super) fn k(&self, slot: u32) -> Panels<N, CHUNKS> {
         Panels::new(self.base + Self::K + slot * Panels::<N, CHUNKS>::BYTES)
     }
 
+    /// A slot of V, for the producer.
     #[inline(always)]
     pub(super) fn v(&self, slot: u32) -> Panels<N, V_CHUNKS> {
         Panels::new(self.base + Self::V + slot * Panels::<N, V_CHUNKS>::BYTES)

@@ -6,7 +6,7 @@ use crate::abi::{PageRows, PrefillSm90Params, TensorMap};
 use crate::attn::kv::{KvRows, PageList};
 use crate::attn::rows::{Place, load_item};
 use crate::isa;
-use crate::sched::{Cursor, Stages, Walk};
+use crate::sched::{Cursor, Full, Stages, Walk};
 use crate::tile::Panels;
 
 /// All lanes of the producer.
@@ -21,8 +21,8 @@ pub(super) fn run<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS:
     let mut item_at = Cursor::<ITEMS>::START;
     let mut block_at = Cursor::<STAGES>::START;
     let mut late = Late { barrier: 0 };
-    while next_item(p, shared, item_at) {
-        let source = Source { p, shared, slot: item_at.slot() };
+    while let Some(item) = next_item(p, shared, item_at) {
+        let source = Source { p, shared, slot: item.slot() };
         if isa::thread_x() == 0 {
             q.wait_empty(item_at.of());
             // SAFETY: the slot is empty; the host has described Q with boxes of `q_rows` rows.
@@ -50,18 +50,18 @@ pub(super) fn run<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS:
             block_at.advance();
         }
         late.flush();
-        shared.items().release(item_at);
+        shared.items().release(item);
         item_at.advance();
     }
 }
 
-/// Takes the next item and shows it to the consumers; false where there is none, and they are told so.
+/// Takes the next item and shows it to the consumers; `None` where there is none, and they are told so.
 #[inline(always)]
 fn next_item<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS: u32>(
     p: &PrefillSm90Params,
     shared: Layout<M, N, CHUNKS, V_CHUNKS>,
     cursor: Cursor<ITEMS>,
-) -> bool {
+) -> Option<Full<ITEMS>> {
     let items = shared.items();
     let place = Place::new(&p.attention, shared.place(cursor.slot()));
     if isa::thread_x() == 0 {
@@ -87,8 +87,8 @@ fn next_item<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS: u32>
         }
     }
     // The producer's other lanes wait for it as the consumers do.
-    items.wait_full(cursor);
-    !place.is_none()
+    let item = items.wait_full(cursor);
+    if place.is_none() { None } else { Some(item) }
 }
 
 /// Where an item's tiles come from.
