@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
-use ferroflash_kernels::abi::{PREFILL_SM90, PrefillTile};
+use ferroflash_kernels::abi::{PREFILL_SM90, PREFILL_SM90_REGISTERS, PrefillTile};
 
 use super::assemble::{Code, Loop, Tools};
 use super::compile::Manifest;
@@ -15,9 +15,6 @@ use super::compile::Manifest;
 /// data sheet). Exponentials: 16 a cycle (CUDA programming guide, arithmetic throughput).
 const FLOP_PER_CYCLE: u32 = 4096;
 const EXP_PER_CYCLE: u32 = 16;
-
-/// Registers of a lane after `setmaxnreg`: producer, consumer.
-const PLAN: (u32, u32) = (56, 224);
 
 /// The least of each that a consumer's lane needs for a block of `N` tokens: a product for 16 channels of K and for 16
 /// tokens of V; for each of its `N / 2` scores a maximum, a multiply-add, an exponential and a sum; half as many
@@ -82,7 +79,7 @@ impl Figures {
             overlaps: round.overlaps,
             spills: code.spills(),
             registers: code.registers_of_roles().unwrap_or_default(),
-            plan: PLAN,
+            plan: PREFILL_SM90_REGISTERS,
         }
     }
 
@@ -97,7 +94,7 @@ impl Figures {
 
 /// The tile that an entry is for, by its name.
 fn tile_of(entry: &str) -> Option<PrefillTile> {
-    PREFILL_SM90.into_iter().find(|t| entry.trim_end_matches("_extras").ends_with(&format!("_{}", t.name)))
+    PREFILL_SM90.into_iter().find(|t| t.entries.as_flattened().contains(&entry))
 }
 
 /// Figures of all Hopper prefill entries.

@@ -373,7 +373,6 @@ fn registers_move_between_a_producer_and_a_consumer() {
     }
 }
 
-/// What is asked of a GPU is asked of every instruction once: the models' names in the statistics.
 #[test]
 fn simulated_launches_are_counted() {
     let device = Device::sim_hopper(1);

@@ -67,11 +67,22 @@ impl TensorMapSpec {
     }
 }
 
+/// Registers of a lane of the producer and of each of two consumers, after `setmaxnreg`: together the launch's.
+pub const PREFILL_SM90_REGISTERS: (u32, u32) = (56, 224);
+
+/// Channels of a panel of `wgmma`'s shared tiles: 64, or 32 where a row is no multiple of 64.
+pub const fn panel_channels(channels: usize) -> usize {
+    if channels.is_multiple_of(64) { 64 } else { 32 }
+}
+
 /// Sizes of a prefill kernel for Hopper: what it is compiled for, and why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PrefillTile {
     /// End of the entries' names.
     pub name: &'static str,
+    /// Entries for f16 and bf16, each without and with extras: soft cap, ALiBi, scales that are not positive, lists of
+    /// pages.
+    pub entries: [[&'static str; 2]; 2],
     /// Most channels of Q and K.
     pub head_dim: usize,
     /// Most channels of V and O.
@@ -86,11 +97,22 @@ pub struct PrefillTile {
     pub why: &'static str,
 }
 
+#[cfg(not(target_arch = "nvptx64"))]
+macro_rules! entries {
+    ($name:literal) => {
+        [
+            [concat!("prefill_sm90_f16_", $name), concat!("prefill_sm90_f16_", $name, "_extras")],
+            [concat!("prefill_sm90_bf16_", $name), concat!("prefill_sm90_bf16_", $name, "_extras")],
+        ]
+    };
+}
+
 /// The prefill kernels for Hopper, smallest first. In 227 KiB of shared memory: Q, and two slots each for K and V.
 #[cfg(not(target_arch = "nvptx64"))]
 pub const PREFILL_SM90: [PrefillTile; 6] = [
     PrefillTile {
         name: "d64",
+        entries: entries!("d64"),
         head_dim: 64,
         v_head_dim: 64,
         rows: 128,
@@ -99,6 +121,7 @@ pub const PREFILL_SM90: [PrefillTile; 6] = [
     },
     PrefillTile {
         name: "d96",
+        entries: entries!("d96"),
         head_dim: 96,
         v_head_dim: 96,
         rows: 128,
@@ -107,6 +130,7 @@ pub const PREFILL_SM90: [PrefillTile; 6] = [
     },
     PrefillTile {
         name: "d128",
+        entries: entries!("d128"),
         head_dim: 128,
         v_head_dim: 128,
         rows: 128,
@@ -115,6 +139,7 @@ pub const PREFILL_SM90: [PrefillTile; 6] = [
     },
     PrefillTile {
         name: "d192_128",
+        entries: entries!("d192_128"),
         head_dim: 192,
         v_head_dim: 128,
         rows: 128,
@@ -123,6 +148,7 @@ pub const PREFILL_SM90: [PrefillTile; 6] = [
     },
     PrefillTile {
         name: "d192",
+        entries: entries!("d192"),
         head_dim: 192,
         v_head_dim: 192,
         rows: 128,
@@ -131,6 +157,7 @@ pub const PREFILL_SM90: [PrefillTile; 6] = [
     },
     PrefillTile {
         name: "d256",
+        entries: entries!("d256"),
         head_dim: 256,
         v_head_dim: 256,
         rows: 128,

@@ -256,10 +256,8 @@ mod tests {
         let entries = || ENTRIES.iter().filter(|e| e.name.starts_with("prefill_sm90"));
         assert_eq!(entries().count(), 4 * PREFILL_SM90.len());
         for tile in PREFILL_SM90 {
-            let names = ["f16", "bf16"]
-                .map(|t| ["", "_extras"].map(|e| std::format!("prefill_sm90_{t}_{}{e}", tile.name)));
-            for name in names.as_flattened() {
-                let entry = entries().find(|e| e.name == name).unwrap();
+            for name in tile.entries.as_flattened() {
+                let entry = entries().find(|e| e.name == *name).unwrap();
                 assert_eq!(entry.threads as usize, 128 * (1 + tile.rows / 64));
                 let channels = tile.rows * tile.head_dim + 2 * tile.block * (tile.head_dim + tile.v_head_dim);
                 // Beside the tiles, items and barriers.

@@ -1,5 +1,6 @@
 //! Matrices of 16-bit elements in shared memory as `wgmma` and the copy engine want them.
 
+use crate::abi::panel_channels;
 use crate::isa;
 use crate::tile::Half;
 
@@ -15,7 +16,7 @@ pub struct Panels<const ROWS: u32, const CHUNKS: u32> {
 
 impl<const ROWS: u32, const CHUNKS: u32> Panels<ROWS, CHUNKS> {
     /// Chunks of a panel's row.
-    pub const WIDTH: u32 = if CHUNKS.is_multiple_of(8) { 8 } else { 4 };
+    pub const WIDTH: u32 = panel_channels(8 * CHUNKS as usize) as u32 / 8;
     /// Panels side by side.
     pub const COUNT: u32 = CHUNKS / Self::WIDTH;
     /// Bytes of the matrix.

@@ -1,6 +1,8 @@
 //! Attention of many rows on Hopper: which kernel, its tensor maps, its launch.
 
-use ferroflash_kernels::abi::{AttentionParams, PrefillSm90Params, PrefillTile, TensorMap, TensorMapSpec};
+use ferroflash_kernels::abi::{
+    AttentionParams, PrefillSm90Params, PrefillTile, TensorMap, TensorMapSpec, panel_channels,
+};
 
 use super::Gpu;
 use super::driver::{Launch, words};
@@ -20,32 +22,6 @@ pub(super) fn rows(spec: &AttentionSpec, batch: &Batch<'_>, splits: Splits) -> O
         return None;
     }
     PrefillTile::choose(spec.head_dim, spec.v_head_dim)?.q_rows(spec.group().max(1))
-}
-
-/// The entry for a tile, with or without soft cap, ALiBi, scales that are not positive, and lists of pages.
-fn entry(tile: &PrefillTile, dtype: DType, extras: bool) -> &'static str {
-    macro_rules! entries {
-        ($d:literal) => {
-            [
-                [concat!("prefill_sm90_f16_", $d), concat!("prefill_sm90_f16_", $d, "_extras")],
-                [concat!("prefill_sm90_bf16_", $d), concat!("prefill_sm90_bf16_", $d, "_extras")],
-            ]
-        };
-    }
-    let of_tile: [[&str; 2]; 2] = match (tile.head_dim, tile.v_head_dim) {
-        (64, _) => entries!("d64"),
-        (96, _) => entries!("d96"),
-        (128, _) => entries!("d128"),
-        (192, 128) => entries!("d192_128"),
-        (192, _) => entries!("d192"),
-        _ => entries!("d256"),
-    };
-    of_tile[(dtype == DType::BF16) as usize][extras as usize]
-}
-
-/// A panel of `wgmma`'s shared tiles: 64 channels, or 32 where the row is no multiple of 64.
-fn panel(head_dim: usize) -> u32 {
-    if head_dim.is_multiple_of(64) { 64 } else { 32 }
 }
 
 /// Strides as a tensor map takes them: those of dimensions with one entry are never stepped along.
@@ -88,26 +64,28 @@ impl Gpu {
                 // Every row is gathered: the map is not used.
                 return Ok(TensorMap([0; 16]));
             };
+            let panel = panel_channels(tile_channels) as u32;
             let dims = [channels, token.0, head.0, page.0, 1].map(|d| d as u64);
             self.driver.tensor_map(&TensorMapSpec {
                 base: view.ptr() as u64,
                 rank: 4,
-                swizzle_bytes: 2 * panel(tile_channels),
+                swizzle_bytes: 2 * panel,
                 dims,
                 strides: map_strides(&dims, [token.1, head.1, page.1], view.dtype().size()),
-                box_dims: [panel(tile_channels), rows as u32, 1, 1, 1],
+                box_dims: [panel, rows as u32, 1, 1, 1],
             })
         };
         let group = spec.group();
         let dims = [spec.head_dim, group, spec.num_kv_heads, q.shape()[0], 1].map(|d| d as u64);
         let (token, head) = (q.strides()[0], q.strides()[1]);
+        let q_panel = panel_channels(tile.head_dim) as u32;
         let q_map = self.driver.tensor_map(&TensorMapSpec {
             base: q.ptr() as u64,
             rank: 4,
-            swizzle_bytes: 2 * panel(tile.head_dim),
+            swizzle_bytes: 2 * q_panel,
             dims,
             strides: map_strides(&dims, [head, group * head, token], q.dtype().size()),
-            box_dims: [panel(tile.head_dim), group as u32, 1, (q_rows / group) as u32, 1],
+            box_dims: [q_panel, group as u32, 1, (q_rows / group) as u32, 1],
         })?;
         let launch = PrefillSm90Params {
             q_map,
@@ -125,7 +103,7 @@ impl Gpu {
             || spec.softmax_scale <= 0.0
             || !plan.logical_pages.is_empty();
         self.driver.launch(Launch {
-            entry: entry(&tile, q.dtype(), extras),
+            entry: tile.entries[(q.dtype() == DType::BF16) as usize][extras as usize],
             grid: [count.min(self.driver.processors()) as u32, 1],
             params: words(&launch),
         })

@@ -52,12 +52,12 @@ pub(super) fn run<
         let mut state = State::EMPTY;
         let mut o = [[0.0; 4]; O_TILES];
         let q_full = q.wait_full(item_at.of());
-        let q_tile = shared.full_q(&q_full);
         let seen = Rows { rows, shared, slot: item.slot(), factor };
         let mut step = steps - 1;
         let k_full = k.wait_full(k_at);
         // SAFETY: both are full.
-        let s = unsafe { Pending::a_bt::<T, M, N, CHUNKS>(q_tile, row, shared.full_k(&k_full)) };
+        let s =
+            unsafe { Pending::a_bt::<T, M, N, CHUNKS>(shared.full_q(&q_full), row, shared.full_k(&k_full)) };
         let mut s = s.wait::<0>();
         k.release(k_full);
         k_at.advance();
@@ -69,7 +69,9 @@ pub(super) fn run<
             let k_full = k.wait_full(k_at);
             baton.take();
             // SAFETY: K, and V below, are full until they are released.
-            let s = unsafe { Pending::a_bt::<T, M, N, CHUNKS>(q_tile, row, shared.full_k(&k_full)) };
+            let s = unsafe {
+                Pending::a_bt::<T, M, N, CHUNKS>(shared.full_q(&q_full), row, shared.full_k(&k_full))
+            };
             let v_full = v.wait_full(v_at);
             let v_tile = shared.full_v(&v_full);
             // SAFETY: as above.

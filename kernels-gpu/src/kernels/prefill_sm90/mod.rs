@@ -19,7 +19,7 @@ mod consumer;
 mod layout;
 mod producer;
 
-use crate::abi::PrefillSm90Params;
+use crate::abi::{PREFILL_SM90_REGISTERS as REGISTERS, PrefillSm90Params};
 use crate::isa;
 use crate::tile::Half;
 
@@ -57,12 +57,13 @@ pub(super) unsafe fn body<
     let warpgroup = isa::shfl_idx(isa::thread_x() / WARPGROUP, 0);
     // Registers move from the producer to the consumers: what they have together is the launch's.
     if warpgroup == 0 {
-        isa::registers_down::<56>();
+        isa::registers_down::<{ REGISTERS.0 }>();
         producer::run(p, at, shared);
     } else {
         if M == 128 {
-            isa::registers_up::<224>();
+            isa::registers_up::<{ REGISTERS.1 }>();
         } else {
+            // Of three consumers.
             isa::registers_up::<152>();
         }
         let consumer = warpgroup - 1;
