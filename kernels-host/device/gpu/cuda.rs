@@ -15,6 +15,7 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, DriverError,
 
 use ferroflash_kernels::abi::{TensorMap, TensorMapSpec};
 
+use super::cuda_library::{EncodeTiled, library};
 use super::driver::{Driver, Hopper, Launch};
 use super::ptx;
 use crate::device::DeviceId;
@@ -25,30 +26,6 @@ const MIN_CAPABILITY: (i32, i32) = (8, 0);
 
 /// The one GPU that runs `sm_90a` kernels: compute capability 9.0.
 const HOPPER: (i32, i32) = (9, 0);
-
-/// `cuTensorMapEncodeTiled` (CUDA driver API, from 12.0 on): looked for by its name, so that the crate builds and runs with
-/// older bindings and drivers too.
-#[derive(Clone, Copy)]
-struct EncodeTiled(
-    unsafe extern "C" fn(
-        map: *mut AlignedMap,
-        data_type: u32,
-        rank: u32,
-        address: *mut c_void,
-        dims: *const u64,
-        strides: *const u64,
-        box_dims: *const u32,
-        element_strides: *const u32,
-        interleave: u32,
-        swizzle: u32,
-        l2_promotion: u32,
-        fill: u32,
-    ) -> u32,
-);
-
-/// Where the driver writes a tensor map.
-#[repr(C, align(128))]
-struct AlignedMap(TensorMap);
 
 static NEXT_STREAM: AtomicU64 = AtomicU64::new(0);
 
@@ -94,26 +71,6 @@ fn words(error: DriverError) -> String {
     let name = error.error_name().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
     let text = error.error_string().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
     format!("{name}: {text}")
-}
-
-/// The driver's library, if it is there; `cudarc` would panic on the first call where it is not.
-fn library() -> Result<libloading::Library> {
-    let names: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so.1", "libcuda.so"] };
-    // SAFETY: the library is the CUDA driver's, whose initialisers a program that uses CUDA runs anyway.
-    let found = names.iter().find_map(|name| unsafe { libloading::Library::new(*name) }.ok());
-    found.ok_or_else(|| {
-        let why = format!("no CUDA driver: none of {names:?} can be loaded");
-        Error::Unavailable { device: "cuda".into(), why }
-    })
-}
-
-impl EncodeTiled {
-    fn find() -> Option<Self> {
-        let library = library().ok()?;
-        // SAFETY: the symbol has the type that the driver API gives it; the library stays loaded, for `cudarc` has
-        // loaded it for good.
-        unsafe { library.get(b"cuTensorMapEncodeTiled\0").ok().map(|f| EncodeTiled(*f)) }
-    }
 }
 
 impl CudaDriver {
@@ -358,42 +315,10 @@ impl Driver for CudaDriver {
     fn tensor_map(&self, spec: &TensorMapSpec) -> Result<TensorMap> {
         let call = "cuTensorMapEncodeTiled";
         spec.check().map_err(|why| self.error(call, why.into()))?;
-        let Some((_, EncodeTiled(encode))) = self.hopper else {
+        let Some((_, encode)) = self.hopper else {
             return Err(self.error(call, "this GPU has no tensor maps".into()));
         };
-        // Values of the driver's enumerations.
-        const UINT16: u32 = 1;
-        const NOT_INTERLEAVED: u32 = 0;
-        const L2_PROMOTION_256: u32 = 3;
-        const FILL_WITH_ZEROS: u32 = 0;
-        let swizzle = match spec.swizzle_bytes {
-            32 => 1,
-            64 => 2,
-            128 => 3,
-            _ => 0,
-        };
-        let mut map = AlignedMap(TensorMap([0; 16]));
-        // SAFETY: all pointers are to arrays of at least `rank` entries; the address is only noted down.
-        let result = unsafe {
-            encode(
-                &mut map,
-                UINT16,
-                spec.rank,
-                spec.base as *mut c_void,
-                spec.dims.as_ptr(),
-                spec.strides.as_ptr(),
-                spec.box_dims.as_ptr(),
-                [1u32; 5].as_ptr(),
-                NOT_INTERLEAVED,
-                swizzle,
-                L2_PROMOTION_256,
-                FILL_WITH_ZEROS,
-            )
-        };
-        if result != 0 {
-            return Err(self.error(call, format!("CUresult {result} for {spec:?}")));
-        }
-        Ok(map.0)
+        encode.encode(spec).map_err(|result| self.error(call, format!("CUresult {result} for {spec:?}")))
     }
 
     fn launch(&self, launch: Launch<'_>) -> Result<()> {

@@ -4,6 +4,8 @@ mod append;
 mod attention;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+mod cuda_library;
 mod driver;
 mod layer;
 mod params;
