@@ -69,7 +69,7 @@ fn pages_of_any_size_have_the_bits_of_contiguous_kv() {
     }
 }
 
-/// Every head dimension's kernels, plain and with extras, under windows with sinks that skip blocks, on several seeds.
+/// Every head dimension's kernels, plain and with extras, under windows with sinks that skip blocks.
 #[test]
 fn every_kernel_with_every_mask() {
     for (head_dim, v_head_dim) in [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)] {

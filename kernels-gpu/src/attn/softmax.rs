@@ -14,7 +14,8 @@ use crate::isa;
 /// Scores of 16 rows against 8 `TILES` columns: C fragments.
 pub(crate) type Scores<const TILES: usize> = [[f32; 4]; TILES];
 
-/// Maximum of a row that has seen nothing: below every logit, and finite, so that `-inf` less it is `-inf`.
+/// Maximum of a row that has seen nothing: finite, so that `-inf` less it is `-inf`, and below every logit but those
+/// in the last two binary orders of `f32`, which weigh nothing.
 const NOTHING: f32 = -f32::MAX / 4.0;
 
 /// Maximum (a base-2 logit) and sum of a lane's two rows. The sum is over the lane's own columns until
