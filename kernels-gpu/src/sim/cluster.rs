@@ -92,6 +92,16 @@ std::thread_local! {
     static STACKS: RefCell<Vec<DefaultStack>> = const { RefCell::new(Vec::new()) };
 }
 
+/// When bulk copies arrive. The extremes show most: late, what is used before it is there; early, what is overwritten
+/// before all have used it.
+#[derive(Clone, Copy, PartialEq)]
+enum Arrival {
+    Early,
+    Drawn,
+    /// When all lanes wait for one.
+    Late,
+}
+
 type LaneCoroutine = Coroutine<(), (), (), DefaultStack>;
 
 /// Runs all CTAs.
@@ -172,7 +182,10 @@ impl Cluster<'_> {
                 })
             })
             .collect();
-        // Turns that a warp is left out, now and then: on a GPU nothing keeps warps in step.
+        let arrival = [Arrival::Early, Arrival::Drawn, Arrival::Late][self.rng.below(3)];
+        // Turns that a warp is left out, now and then: on a GPU nothing keeps warps in step. In every other cluster one
+        // warp lags all the time.
+        let laggard = self.rng.below(2 * self.warps.len());
         let mut stalls: Vec<u32> = self.warps.iter().map(|_| 0).collect();
         let mut live = threads;
         while live > 0 {
@@ -185,7 +198,7 @@ impl Cluster<'_> {
                     progress |= self.lanes[warp * 32..warp * 32 + 32].iter().any(|l| l.ready);
                     continue;
                 }
-                if self.rng.below(128) == 0 {
+                if self.rng.below(if warp == laggard { 2 } else { 128 }) == 0 {
                     stalls[warp] = self.rng.below(64) as u32;
                 }
                 let turn = self.rng.below(32);
@@ -203,9 +216,18 @@ impl Cluster<'_> {
                     }
                 }
             }
-            // Copies arrive when they like, and at last when all lanes wait.
-            if !progress || self.rng.below(2) == 0 {
-                progress |= self.finish_one_bulk();
+            let arrives = match arrival {
+                Arrival::Early => true,
+                Arrival::Drawn => self.rng.below(2) == 0,
+                Arrival::Late => false,
+            };
+            if arrives || !progress {
+                while self.finish_one_bulk() {
+                    progress = true;
+                    if arrival != Arrival::Early {
+                        break;
+                    }
+                }
             }
             if !progress && live > 0 {
                 self.deadlock();
