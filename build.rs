@@ -33,7 +33,8 @@ mod cuda {
                     "feature build-ptx needs a checkout: the packaged crate has no kernel sources".into()
                 );
             }
-            let ptx = compile::Toolchain::find()?.compile(&kernels, &out.join("nvptx"))?;
+            let others = env::var_os("CARGO_FEATURE_ALTERNATIVE_TILES").map_or("", |_| compile::ALTERNATIVES);
+            let ptx = compile::Toolchain::find()?.compile(&kernels, &out.join("nvptx"), others)?;
             let folder = out.join("ptx");
             write(&folder, &ptx)?;
             folder

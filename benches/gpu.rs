@@ -10,6 +10,8 @@ use ferroflash::{
     AttentionSpec, Batch, DType, Device, Kv, KvCache, KvCacheSpec, KvFormat, KvTable, Result, Splits, Tensor,
     TreeMask,
 };
+use ferroflash_kernels::abi::PrefillTile;
+use ferroflash_kernels::kernels::ALTERNATIVES;
 use half::bf16;
 
 const WARM_UP: usize = 3;
@@ -29,6 +31,9 @@ fn main() -> Result<()> {
     let quick = env::args().any(|a| a == "--quick");
     let filter = env::args().skip(1).find(|a| !a.starts_with('-')).unwrap_or_default();
     println!("{{\"device\":{:?}}}", device.description());
+    if filter == "tiles" {
+        return tiles(&device);
+    }
     let wanted = |name: &str| name.contains(&filter);
     if wanted("copy") {
         copy(&device)?;
@@ -113,6 +118,7 @@ fn copy(device: &Device) -> Result<()> {
 #[derive(Clone, Copy)]
 struct Prefill {
     head_dim: usize,
+    v_head_dim: usize,
     batch: usize,
     seq_len: usize,
     causal: bool,
@@ -125,14 +131,59 @@ struct Prefill {
 impl Prefill {
     fn new(head_dim: usize, batch: usize, seq_len: usize, causal: bool) -> Self {
         let heads = 2048 / head_dim;
-        Prefill { head_dim, batch, seq_len, causal, q_heads: heads, kv_heads: heads, page_size: 0 }
+        Prefill {
+            head_dim,
+            v_head_dim: head_dim,
+            batch,
+            seq_len,
+            causal,
+            q_heads: heads,
+            kv_heads: heads,
+            page_size: 0,
+        }
     }
 }
 
+/// Hopper's tiles, those in use and the others of the same channels, one after the other on the same problems.
+fn tiles(device: &Device) -> Result<()> {
+    for (other, _) in ALTERNATIVES {
+        let (head_dim, v_head_dim) = (other.head_dim, other.v_head_dim);
+        for tile in PrefillTile::choose(head_dim, v_head_dim).into_iter().chain([*other]) {
+            // SAFETY: a tile of the kernels' tables.
+            let Some(device) = (unsafe { device.with_prefill_tile(tile) }) else {
+                println!("skipped: {} has no kernels for Hopper", device.description());
+                return Ok(());
+            };
+            for causal in [false, true] {
+                let problem = Prefill { v_head_dim, ..Prefill::new(head_dim, 2, 8192, causal) };
+                match time_prefill(&device, &problem) {
+                    Ok((ms, tflops)) => println!(
+                        "{{\"op\":\"prefill_tile\",\"tile\":{:?},\"rows\":{},\"block\":{},\"head_dim\":{head_dim},\"v_head_dim\":{v_head_dim},\"seq_len\":8192,\"batch\":2,\"causal\":{causal},\"ms\":{ms},\"tflops\":{tflops}}}",
+                        tile.name, tile.rows, tile.block
+                    ),
+                    // Not built with the feature `alternative-tiles`, or more shared memory than there is.
+                    Err(error) => println!("skipped: {}: {error}", tile.name),
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
 fn prefill(device: &Device, problem: &Prefill) -> Result<()> {
-    let &Prefill { head_dim, batch, seq_len, causal, q_heads, kv_heads, page_size } = problem;
+    let (ms, tflops) = time_prefill(device, problem)?;
+    let Prefill { head_dim, batch, seq_len, causal, q_heads, kv_heads, page_size, .. } = problem;
+    println!(
+        "{{\"op\":\"prefill\",\"head_dim\":{head_dim},\"seq_len\":{seq_len},\"batch\":{batch},\"heads\":{q_heads},\"kv_heads\":{kv_heads},\"page_size\":{page_size},\"causal\":{causal},\"ms\":{ms},\"tflops\":{tflops}}}"
+    );
+    Ok(())
+}
+
+/// Median milliseconds, and TFLOP/s.
+fn time_prefill(device: &Device, problem: &Prefill) -> Result<(f32, f64)> {
+    let &Prefill { head_dim, v_head_dim, batch, seq_len, causal, q_heads, kv_heads, page_size } = problem;
     let total = batch * seq_len;
-    let mut spec = AttentionSpec::new(q_heads, kv_heads, head_dim);
+    let mut spec = AttentionSpec::new(q_heads, kv_heads, head_dim).v_head_dim(v_head_dim);
     spec.causal = causal;
     let indptr: Vec<u32> = (0..=batch).map(|i| (i * seq_len) as u32).collect();
     let seq_lens = vec![seq_len as u32; batch];
@@ -144,25 +195,22 @@ fn prefill(device: &Device, problem: &Prefill) -> Result<()> {
     } else {
         KvTable::Block { page_size, block_table: &table, max_blocks, seq_lens: &seq_lens }
     };
-    let kv_shape = match page_size {
-        0 => vec![total, kv_heads, head_dim],
-        _ => vec![num_pages, kv_heads, page_size, head_dim],
+    let kv_shape = |channels| match page_size {
+        0 => vec![total, kv_heads, channels],
+        _ => vec![num_pages, kv_heads, page_size, channels],
     };
     let q = random(device, &[total, q_heads, head_dim], 1)?;
-    let (k, v) = (random(device, &kv_shape, 2)?, random(device, &kv_shape, 3)?);
-    let mut out = Tensor::zeros(device, DType::BF16, &[total, q_heads, head_dim])?;
+    let (k, v) = (random(device, &kv_shape(head_dim), 2)?, random(device, &kv_shape(v_head_dim), 3)?);
+    let mut out = Tensor::zeros(device, DType::BF16, &[total, q_heads, v_head_dim])?;
     let mut plan = AttentionPlan::new(device, &spec, &Batch::new(&indptr, kv_table), Splits::Auto)?;
     let kv = match page_size {
         0 => Kv::Ragged { k: k.view(), v: v.view() },
         _ => Kv::Paged { k: k.view(), v: v.view() },
     };
     let ms = median(device, |_| plan.run(q.view(), kv, out.view_mut(), None))?;
-    let flops = 4.0 * (total * q_heads * head_dim) as f64 * seq_len as f64 * if causal { 0.5 } else { 1.0 };
-    let tflops = flops / ms as f64 / 1e9;
-    println!(
-        "{{\"op\":\"prefill\",\"head_dim\":{head_dim},\"seq_len\":{seq_len},\"batch\":{batch},\"heads\":{q_heads},\"kv_heads\":{kv_heads},\"page_size\":{page_size},\"causal\":{causal},\"ms\":{ms},\"tflops\":{tflops}}}"
-    );
-    Ok(())
+    let channels = head_dim + v_head_dim;
+    let flops = 2.0 * (total * q_heads * channels) as f64 * seq_len as f64 * if causal { 0.5 } else { 1.0 };
+    Ok((ms, flops / ms as f64 / 1e9))
 }
 
 /// All of `num_pages` page numbers, each far from the last: an odd stride visits every one once.

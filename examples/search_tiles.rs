@@ -1,11 +1,12 @@
 //! Other tiles for Hopper's prefill: what each would take in registers, shared memory and instructions, beside those that
-//! are used. `cargo run --example search_tiles` needs what `write_ptx` needs, and NVIDIA's assembler. Nothing is timed
-//! here: `benches/gpu.rs` times the tiles that are compiled in.
+//! are used. `cargo run --example search_tiles` needs what `write_ptx` needs, and NVIDIA's assembler. On a GPU they are timed
+//! by `cargo bench --features alternative-tiles --bench gpu -- tiles`.
 
 use std::path::Path;
 use std::{error, fs};
 
 use ferroflash_kernels::abi::PREFILL_SM90;
+use ferroflash_kernels::kernels::ALTERNATIVES;
 
 #[path = "../ptx/assemble.rs"]
 mod assemble;
@@ -19,7 +20,7 @@ fn main() -> Result<(), Box<dyn error::Error>> {
     PREFILL_SM90.iter().for_each(|tile| println!("  {tile}"));
     let Some(tools) = assemble::Tools::find() else { return Ok(()) };
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let flags = format!("{} --cfg ferroflash_alternatives", compile::rustflags("sm_90a"));
+    let flags = compile::rustflags("sm_90a") + compile::ALTERNATIVES;
     let scratch = root.join("target/nvptx/alternatives");
     let text = compile::Toolchain::find()?.text(&root.join("kernels-gpu"), &scratch, &flags)?;
     let mut ptx = compile::Ptx::default();
@@ -32,14 +33,11 @@ fn main() -> Result<(), Box<dyn error::Error>> {
     println!(
         "\nOthers (rows x tokens), a block in the main loop; cycles of tensor cores, exponentials and issue:"
     );
-    for entry in ptx.manifest.entries.iter().filter(|e| e.file_name() == file) {
-        // `alternative_dK_V_ROWSxTOKENS`
-        let numbers: Vec<usize> =
-            entry.name.split(|c: char| !c.is_ascii_digit()).filter_map(|n| n.parse().ok()).collect();
-        let &[k, v, rows, block] = numbers.as_slice() else { continue };
-        let (resources, code) = (&assembled.entries[&entry.name], &codes[&entry.name]);
+    for (tile, entry) in ALTERNATIVES {
+        let (k, v, rows, block) = (tile.head_dim, tile.v_head_dim, tile.rows, tile.block);
+        let (resources, code) = (&assembled.entries[entry.name], &codes[entry.name]);
         let Some(round) = code.main_loop() else { continue };
-        let figures = report::Figures::new(&entry.name, (k, v), block, code, &round);
+        let figures = report::Figures::new(entry.name, (k, v), block, code, &round);
         // The report's cycles are for two consumers.
         let (tensor, exp, issue) = figures.cycles();
         let [tensor, exp, issue] = [tensor, exp, issue].map(|cycles| cycles as usize * rows / 128);

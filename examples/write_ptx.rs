@@ -16,7 +16,7 @@ fn main() -> Result<(), Box<dyn error::Error>> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let toolchain = compile::Toolchain::find()?;
     println!("{}", toolchain.version);
-    let ptx = toolchain.compile(&root.join("kernels-gpu"), &root.join("target/nvptx"))?;
+    let ptx = toolchain.compile(&root.join("kernels-gpu"), &root.join("target/nvptx"), "")?;
     let folder = root.join("ptx");
     for entry in fs::read_dir(&folder)? {
         let path = entry?.path();

@@ -18,6 +18,9 @@ pub(crate) fn rustflags(target: &str) -> String {
     )
 }
 
+/// Besides: with Hopper's tiles that are not in use.
+pub(crate) const ALTERNATIVES: &str = " --cfg ferroflash_alternatives";
+
 /// An entry, as the sources' table has it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Entry {
@@ -125,13 +128,13 @@ impl Toolchain {
         cargo.exists().then_some(Toolchain { rustc, cargo, version })
     }
 
-    /// Compiles the kernels; `scratch` keeps `core` for the next time.
-    pub(crate) fn compile(&self, kernels: &Path, scratch: &Path) -> Result<Ptx, String> {
+    /// Compiles the kernels; `scratch` keeps `core` for the next time. `besides`: further flags.
+    pub(crate) fn compile(&self, kernels: &Path, scratch: &Path, besides: &str) -> Result<Ptx, String> {
         let source = source_hash(kernels).map_err(|e| e.to_string())?;
         let mut ptx = Ptx::default();
         (ptx.manifest.source, ptx.manifest.compiler) = (source, self.version.clone());
         for target in TARGETS {
-            let text = self.text(kernels, &scratch.join(target), &rustflags(target))?;
+            let text = self.text(kernels, &scratch.join(target), &(rustflags(target) + besides))?;
             ptx.add(&text, target)?;
         }
         Ok(ptx)

@@ -78,7 +78,7 @@ fn the_sources_give_the_committed_ptx() {
         Ok(toolchain) => toolchain,
         Err(why) => return println!("skipped: {why}"),
     };
-    let ptx = toolchain.compile(&root().join("kernels-gpu"), &root().join("target/nvptx")).unwrap();
+    let ptx = toolchain.compile(&root().join("kernels-gpu"), &root().join("target/nvptx"), "").unwrap();
     let committed = manifest();
     assert_eq!(ptx.manifest.entries, committed.entries);
     if ptx.manifest.compiler != committed.compiler {

@@ -7,6 +7,7 @@ use common::cases::{Case, Place, Problem};
 use ferroflash::op::attention::AttentionPlan;
 use ferroflash::{AttentionSpec, Batch, DType, Device, Kv, KvTable, Splits, Tensor};
 use ferroflash_kernels::abi::{PREFILL_SM90, PrefillTile};
+use ferroflash_kernels::kernels::ALTERNATIVES;
 
 fn case(spec: AttentionSpec, lengths: Vec<(usize, usize)>, place: Place) -> Case {
     Case {
@@ -186,6 +187,28 @@ fn a_plan_runs_again_and_again() {
     let out = wide.view_mut().narrow(2, 4, 64).unwrap();
     let refused = plan.run(qkv.view(), kv, out, None).unwrap_err();
     assert!(refused.to_string().contains("multiples of 16 bytes"), "{refused}");
+}
+
+/// Tiles that are not in use compute the same, with two and three consumers: what a search on a GPU times is attention.
+#[test]
+fn tiles_not_in_use_are_right_too() {
+    let check = |device: &Device, head_dim, v_head_dim, entry: &str| {
+        let spec = AttentionSpec::new(4, 2, head_dim).v_head_dim(v_head_dim).causal();
+        let problem = Problem::new(case(spec, vec![(150, 700), (33, 33)], paged(16)));
+        let outcome = problem.run(device);
+        problem.check(device, &outcome).unwrap_or_else(|e| panic!("{entry}: {e}"));
+        assert!(device.sim_stats().unwrap().launches.contains_key(entry), "{entry}");
+    };
+    // SAFETY: tiles of the kernels' table.
+    let with_tile = |device: Device, tile| unsafe { device.with_prefill_tile(tile) };
+    for (seed, (tile, entry)) in ALTERNATIVES.iter().enumerate() {
+        let device = with_tile(Device::sim_hopper(seed as u64), *tile).unwrap();
+        check(&device, tile.head_dim, tile.v_head_dim, entry.name);
+    }
+    // One that does not hold the channels is not used; not every device has Hopper's kernels.
+    let small = ALTERNATIVES[0].0;
+    check(&with_tile(Device::sim_hopper(0), small).unwrap(), 128, 128, "prefill_sm90_bf16_d128");
+    assert!(with_tile(Device::cpu(), small).is_none() && with_tile(Device::sim(0), small).is_none());
 }
 
 #[test]

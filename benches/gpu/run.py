@@ -3,6 +3,7 @@
 check   instruction conformance, all kernel cases, graph replay; compute-sanitizer's memcheck and racecheck over a
         small set, where it is installed
 bench   times of our kernels
+tiles   times of Hopper's prefill tiles, those in use and others
 peers   times of torch's, FlexAttention's and FlashInfer's kernels on the same shapes
 """
 
@@ -82,24 +83,22 @@ def check():
     return {"ok": all(r.get("ok", True) for r in results), "results": results}
 
 
-def bench():
-    code, text = call([str(HERE / "gpu"), "--bench"], LIMIT_S)
+def timed(*command):
+    code, text = call(command, LIMIT_S)
     rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     if code:
         print(text[-3000:])
-    return {"ok": code == 0, "rows": rows, "said": "" if code == 0 else text[-3000:]}
-
-
-def peers():
-    code, text = call([sys.executable, str(HERE / "peers.py")], LIMIT_S)
-    rows = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-    if code:
-        print(text[-3000:])
-    return {"ok": code == 0, "rows": rows, "said": "" if code == 0 else text[-3000:]}
+    skipped = [line for line in text.splitlines() if line.startswith("skipped")]
+    return {"ok": code == 0, "rows": rows, "skipped": skipped, "said": "" if code == 0 else text[-3000:]}
 
 
 def main():
-    verbs = {"check": check, "bench": bench, "peers": peers}
+    verbs = {
+        "check": check,
+        "bench": lambda: timed(str(HERE / "gpu"), "--bench"),
+        "tiles": lambda: timed(str(HERE / "gpu"), "--bench", "tiles"),
+        "peers": lambda: timed(sys.executable, str(HERE / "peers.py")),
+    }
     if len(sys.argv) < 2 or sys.argv[1] not in verbs:
         sys.exit(f"usage: run.sh {'|'.join(verbs)} [OUT]")
     out = pathlib.Path(sys.argv[2] if len(sys.argv) > 2 else "results")

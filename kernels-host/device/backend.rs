@@ -4,8 +4,9 @@
 //! structs down; a backend may rely on all of it.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use ferroflash_kernels::abi::Sequence;
+use ferroflash_kernels::abi::{PrefillTile, Sequence};
 
 use crate::device::{DeviceId, Storage};
 use crate::error::Result;
@@ -187,6 +188,10 @@ pub(crate) trait Backend: Send + Sync {
     }
     /// As [`Backend::run_conformance`], on devices that run Hopper's kernels.
     fn run_conformance_sm90(&self, _call: &ConformanceSm90<'_>) -> Option<Result<Vec<u32>>> {
+        None
+    }
+    /// The same device with another tile for Hopper's prefill, where it holds the channels; `None` on devices without.
+    fn with_prefill_tile(&self, _tile: PrefillTile) -> Option<Arc<dyn Backend>> {
         None
     }
 }

@@ -189,6 +189,18 @@ impl Device {
         self.backend.run_conformance_sm90(call)
     }
 
+    /// This device with another tile for Hopper's prefill; `None` where there are no such kernels. For this crate's tests
+    /// and benches, not part of the API.
+    ///
+    /// # Safety
+    /// The tile's sizes are those that its entries are compiled for: it is one of the kernels' tables.
+    #[doc(hidden)]
+    pub unsafe fn with_prefill_tile(&self, tile: ferroflash_kernels::abi::PrefillTile) -> Option<Self> {
+        let mut device = self.clone();
+        device.backend = self.backend.with_prefill_tile(tile)?;
+        Some(device)
+    }
+
     /// Waits until all work enqueued so far is done.
     ///
     /// # Errors

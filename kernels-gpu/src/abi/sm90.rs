@@ -81,7 +81,7 @@ pub struct PrefillTile {
     /// End of the entries' names.
     pub name: &'static str,
     /// Entries for f16 and bf16, each without and with extras: soft cap, ALiBi, scales that are not positive, lists of
-    /// pages.
+    /// pages. Empty: there is none.
     pub entries: [[&'static str; 2]; 2],
     /// Most channels of Q and K.
     pub head_dim: usize,
@@ -170,7 +170,12 @@ pub const PREFILL_SM90: [PrefillTile; 6] = [
 impl PrefillTile {
     /// The smallest kernel that holds these channels.
     pub fn choose(head_dim: usize, v_head_dim: usize) -> Option<Self> {
-        PREFILL_SM90.into_iter().find(|t| t.head_dim >= head_dim && t.v_head_dim >= v_head_dim)
+        PREFILL_SM90.into_iter().find(|t| t.holds(head_dim, v_head_dim))
+    }
+
+    /// Whether the kernel has room for these channels.
+    pub fn holds(&self, head_dim: usize, v_head_dim: usize) -> bool {
+        self.head_dim >= head_dim && self.v_head_dim >= v_head_dim
     }
 
     /// Packed rows of a work item: whole query tokens, so that a box of Q is what one load brings; `None` where a token

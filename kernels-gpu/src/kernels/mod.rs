@@ -77,6 +77,28 @@ macro_rules! device_entry {
     };
 }
 
+/// An entry's line of the host's table.
+#[cfg(not(target_arch = "nvptx64"))]
+macro_rules! host_entry {
+    ($target:literal $family:literal $name:ident($params:ty $(, $at:ident)?) = $body:path, $config:ty) => {
+        Entry {
+            target: $target,
+            family: $family,
+            name: stringify!($name),
+            threads: <$config>::THREADS,
+            min_ctas: <$config>::MIN_CTAS,
+            shared_bytes: <$config>::SHARED_BYTES,
+            params_bytes: size_of::<$params>() as u32,
+            cluster: <$config>::CLUSTER,
+            run: |p| {
+                $(let $at = p as u64;)?
+                // SAFETY: the simulator passes the bytes of the entry's own parameter struct.
+                unsafe { $body(&*p.cast::<$params>() $(, $at)?) }
+            },
+        }
+    };
+}
+
 /// The one table of entries. From a line come the device symbol, the simulator's function, and the launch
 /// bounds, which are inserted where the PTX is written out.
 macro_rules! entries {
@@ -91,21 +113,7 @@ macro_rules! entries {
         /// What the host has to know of every entry, in the table's order.
         #[cfg(not(target_arch = "nvptx64"))]
         pub static ENTRIES: &[Entry] = &[$(
-            Entry {
-                target: $target,
-                family: $family,
-                name: stringify!($name),
-                threads: <$config>::THREADS,
-                min_ctas: <$config>::MIN_CTAS,
-                shared_bytes: <$config>::SHARED_BYTES,
-                params_bytes: size_of::<$params>() as u32,
-                cluster: <$config>::CLUSTER,
-                run: |p| {
-                    $(let $at = p as u64;)?
-                    // SAFETY: the simulator passes the bytes of the entry's own parameter struct.
-                    unsafe { $body(&*p.cast::<$params>() $(, $at)?) }
-                },
-            },
+            host_entry! { $target $family $name($params $(, $at)?) = $body, $config },
         )*];
     };
 }
@@ -219,17 +227,40 @@ entries! {
     "sm_90a" "conformance" conformance_sm90_roles(ConformanceSm90Params, at) = conformance_sm90::roles, conformance_sm90::Roles;
 }
 
-/// Other tiles of Hopper's prefill, for `examples/search_tiles.rs` to look at: compiled with the cfg alone, unknown to the
-/// host.
+/// Other tiles of Hopper's prefill, for bf16 without extras: what a search compares with those in use. On the device they
+/// are compiled with a cfg of their own, so that no PTX of theirs is in the crate.
 macro_rules! alternatives {
-    ($($name:ident = $m:literal $n:literal $chunks:literal $v_chunks:literal $s:literal $steps:literal $o:literal;)*) => {$(
-        device_entry! {
-            ferroflash_alternatives,
-            "sm_90a" "alternatives" $name(PrefillSm90Params, at) =
-                prefill_sm90::body::<BF16, false, $m, $n, $chunks, $v_chunks, $s, $steps, $o>,
-                prefill_sm90::Layout<$m, $n, $chunks, $v_chunks>
-        }
-    )*};
+    ($($name:ident = $m:literal $n:literal $chunks:literal $v_chunks:literal $s:literal $steps:literal $o:literal;)*) => {
+        $(
+            device_entry! {
+                all(ferroflash_alternatives, ferroflash_target = "sm_90a"),
+                "sm_90a" "alternatives" $name(PrefillSm90Params, at) =
+                    prefill_sm90::body::<BF16, false, $m, $n, $chunks, $v_chunks, $s, $steps, $o>,
+                    prefill_sm90::Layout<$m, $n, $chunks, $v_chunks>
+            }
+        )*
+
+        /// The other tiles, each with its entry.
+        #[cfg(not(target_arch = "nvptx64"))]
+        pub static ALTERNATIVES: &[(PrefillTile, Entry)] = &[$(
+            (
+                PrefillTile {
+                    name: stringify!($name),
+                    entries: [["", ""], [stringify!($name), ""]],
+                    head_dim: 8 * $chunks,
+                    v_head_dim: 8 * $v_chunks,
+                    rows: $m,
+                    block: $n,
+                    why: "not in use",
+                },
+                host_entry! {
+                    "sm_90a" "alternatives" $name(PrefillSm90Params, at) =
+                        prefill_sm90::body::<BF16, false, $m, $n, $chunks, $v_chunks, $s, $steps, $o>,
+                        prefill_sm90::Layout<$m, $n, $chunks, $v_chunks>
+                },
+            ),
+        )*];
+    };
 }
 
 alternatives! {

@@ -148,6 +148,7 @@ pub fn launch(memory: &Memory, launch: &Launch<'_>) -> Result<Stats, Fault> {
         cluster.ctas.iter_mut().enumerate().for_each(|(rank, cta)| cta.block = [x + rank as u32, y]);
         catch_unwind(AssertUnwindSafe(|| cluster.run())).map_err(|panic| cluster.as_fault(panic))?;
     }
+    cluster.stats.launches.insert(launch.kernel.name, 1);
     Ok(cluster.stats)
 }
 

@@ -84,6 +84,8 @@ impl std::error::Error for Fault {}
 /// What a launch did.
 #[derive(Clone, Debug, Default)]
 pub struct Stats {
+    /// Launches by entry.
+    pub launches: BTreeMap<&'static str, u64>,
     /// Warp-wide instructions by name.
     pub collectives: BTreeMap<&'static str, u64>,
     /// Bytes that lanes loaded from global memory, each access counted.
@@ -103,8 +105,12 @@ pub struct Stats {
 impl Stats {
     /// Adds the counts of another launch.
     pub fn add(&mut self, other: &Stats) {
-        for (name, n) in &other.collectives {
-            *self.collectives.entry(name).or_default() += n;
+        for (counts, more) in
+            [(&mut self.launches, &other.launches), (&mut self.collectives, &other.collectives)]
+        {
+            for (name, n) in more {
+                *counts.entry(name).or_default() += n;
+            }
         }
         self.global_read += other.global_read;
         self.global_copied += other.global_copied;

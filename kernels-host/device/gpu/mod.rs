@@ -27,7 +27,7 @@ pub(crate) use driver::{DeviceMemory, Driver};
 #[cfg(feature = "sim")]
 pub(crate) use sim::SimDriver;
 
-use ferroflash_kernels::abi::{ConformanceParams, TensorMapSpec, prefill_rows};
+use ferroflash_kernels::abi::{ConformanceParams, PrefillTile, TensorMapSpec, prefill_rows};
 
 use super::backend::*;
 use super::{DeviceId, Storage};
@@ -41,11 +41,13 @@ const CTAS_PER_PROCESSOR: usize = 2;
 
 pub(crate) struct Gpu {
     driver: Arc<dyn Driver>,
+    /// Preferred over the kernels in use.
+    prefill_tile: Option<PrefillTile>,
 }
 
 impl Gpu {
     pub(crate) fn new(driver: Arc<dyn Driver>) -> Self {
-        Gpu { driver }
+        Gpu { driver, prefill_tile: None }
     }
 
     fn memory(&self, bytes: usize) -> Result<DeviceMemory> {
@@ -64,7 +66,7 @@ impl Backend for Gpu {
 
     fn schedule(&self, spec: &AttentionSpec, batch: &Batch<'_>, splits: Splits) -> Schedule {
         let processors = self.driver.processors();
-        if let Some((hopper, rows)) = self.driver.hopper().zip(prefill_sm90::rows(spec, batch, splits)) {
+        if let Some((hopper, rows)) = self.driver.hopper().zip(self.prefill_sm90_rows(spec, batch, splits)) {
             return Schedule {
                 row_tile: rows,
                 workers: processors,
@@ -149,6 +151,11 @@ impl Backend for Gpu {
 
     fn run_conformance_sm90(&self, call: &ConformanceSm90<'_>) -> Option<Result<Vec<u32>>> {
         self.driver.hopper().map(|_| self.conformance_sm90(call))
+    }
+
+    fn with_prefill_tile(&self, tile: PrefillTile) -> Option<Arc<dyn Backend>> {
+        self.driver.hopper()?;
+        Some(Arc::new(Gpu { driver: self.driver.clone(), prefill_tile: Some(tile) }))
     }
 
     fn rms_norm(&self, call: RmsNormCall<'_>) -> Result<()> {

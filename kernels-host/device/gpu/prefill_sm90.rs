@@ -12,18 +12,6 @@ use crate::plan::{Batch, Plan, Splits};
 use crate::spec::AttentionSpec;
 use crate::tensor::{DType, View};
 
-/// Packed rows of an item, where the batch is for these kernels; the others take what they do not: int4 KV, groups of
-/// more rows than a tile, and [`Splits::Fixed`], under which rows of many and of few must have the same bits.
-pub(super) fn rows(spec: &AttentionSpec, batch: &Batch<'_>, splits: Splits) -> Option<usize> {
-    let total_q = batch.qo_indptr.last().copied().unwrap_or(0);
-    let int4 = !batch.tail_slots.is_empty();
-    // Coordinates of boxes are signed.
-    if int4 || matches!(splits, Splits::Fixed(_)) || total_q > i32::MAX as u32 || spec.num_kv_heads == 0 {
-        return None;
-    }
-    PrefillTile::choose(spec.head_dim, spec.v_head_dim)?.q_rows(spec.group().max(1))
-}
-
 /// Strides as a tensor map takes them: those of dimensions with one entry are never stepped along.
 fn map_strides(dims: &[u64; 5], strides: [usize; 3], size: usize) -> [u64; 4] {
     let mut out = [16; 4];
@@ -36,6 +24,28 @@ fn map_strides(dims: &[u64; 5], strides: [usize; 3], size: usize) -> [u64; 4] {
 }
 
 impl Gpu {
+    /// Packed rows of an item, where the batch is for these kernels; the others take what they do not: int4 KV, groups of
+    /// more rows than a tile, and [`Splits::Fixed`], under which rows of many and of few must have the same bits.
+    pub(super) fn prefill_sm90_rows(
+        &self,
+        spec: &AttentionSpec,
+        batch: &Batch<'_>,
+        splits: Splits,
+    ) -> Option<usize> {
+        let total_q = batch.qo_indptr.last().copied().unwrap_or(0);
+        let int4 = !batch.tail_slots.is_empty();
+        // Coordinates of boxes are signed.
+        if int4 || matches!(splits, Splits::Fixed(_)) || total_q > i32::MAX as u32 || spec.num_kv_heads == 0 {
+            return None;
+        }
+        self.prefill_sm90_tile(spec)?.q_rows(spec.group().max(1))
+    }
+
+    fn prefill_sm90_tile(&self, spec: &AttentionSpec) -> Option<PrefillTile> {
+        let preferred = self.prefill_tile.filter(|t| t.holds(spec.head_dim, spec.v_head_dim));
+        preferred.or_else(|| PrefillTile::choose(spec.head_dim, spec.v_head_dim))
+    }
+
     /// Launches `count` items, which `params.items` begins with.
     pub(super) fn launch_prefill_sm90(
         &self,
@@ -47,7 +57,7 @@ impl Gpu {
         count: usize,
     ) -> Result<()> {
         let (Kv::Ragged { k, v } | Kv::Paged { k, v }) = kv else { return Ok(()) };
-        let Some(tile) = PrefillTile::choose(spec.head_dim, spec.v_head_dim) else { return Ok(()) };
+        let Some(tile) = self.prefill_sm90_tile(spec) else { return Ok(()) };
         let Some(q_rows) = tile.q_rows(spec.group()) else { return Ok(()) };
         if count == 0 {
             return Ok(());

@@ -47,10 +47,13 @@ mod tests {
     #[test]
     #[cfg(feature = "sim")]
     fn the_manifest_is_the_sources_table() {
+        use ferroflash_kernels::kernels::{ALTERNATIVES, ENTRIES as ENTRIES_OF_SOURCE};
         let names = |e: &Entry| (e.name, MODULES[e.module].name, e.threads, e.shared_bytes, e.params_bytes);
         let built: Vec<_> = ENTRIES.iter().map(names).collect();
-        let source: Vec<_> = ferroflash_kernels::kernels::ENTRIES
+        let others = ALTERNATIVES.iter().map(|a| &a.1).filter(|_| cfg!(feature = "alternative-tiles"));
+        let source: Vec<_> = ENTRIES_OF_SOURCE
             .iter()
+            .chain(others)
             .map(|e| {
                 (e.name, format!("{}_{}.ptx", e.family, e.target), e.threads, e.shared_bytes, e.params_bytes)
             })

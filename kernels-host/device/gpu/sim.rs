@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use ferroflash_kernels::abi::{TensorMap, TensorMapSpec};
-use ferroflash_kernels::kernels::ENTRIES;
+use ferroflash_kernels::kernels::{ALTERNATIVES, ENTRIES};
 use ferroflash_kernels::sim::{self, Kernel, Memory, Stats};
 
 use super::driver::{Driver, Hopper, Launch};
@@ -77,7 +77,8 @@ impl Driver for SimDriver {
     }
 
     fn launch(&self, launch: Launch<'_>) -> Result<()> {
-        let Some(entry) = ENTRIES.iter().find(|e| e.name == launch.entry) else {
+        let mut entries = ENTRIES.iter().chain(ALTERNATIVES.iter().map(|a| &a.1));
+        let Some(entry) = entries.find(|e| e.name == launch.entry) else {
             return Err(self.error(launch.entry, "no such entry".into()));
         };
         let kernel = Kernel {
