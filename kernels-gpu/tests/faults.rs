@@ -339,3 +339,68 @@ fn bank_conflicts_are_counted() {
         (4, 4)
     );
 }
+
+/// Four CTAs each write a word; the last to come to the counter adds them up.
+fn last_arriver(params: *const u8, acq_rel: bool, before: bool) {
+    let (at, thread) = (buffer(params), isa::thread_x());
+    let mine = at + 256 * (1 + isa::block_x() as u64) + 4 * thread as u64;
+    unsafe {
+        isa::st_global_1(mine, [thread]);
+        if before {
+            isa::bar_sync();
+        }
+        if thread == 0 {
+            let old = if acq_rel { isa::atom_inc_global_acq_rel(at, 3) } else { isa::atom_inc_global(at, 3) };
+            isa::st_shared_1(shared(0), [old]);
+        }
+        isa::bar_sync();
+        let last = isa::ld_shared_1(shared(0))[0] == 3;
+        if last {
+            let other = at + 256 * (1 + (isa::block_x() as u64 + 1) % 4) + 4 * ((thread as u64 + 1) % 64);
+            isa::st_global_1(at + 256 * 5 + 4 * thread as u64, isa::ld_global_1(other));
+        }
+    }
+}
+
+#[test]
+fn other_ctas_words_without_an_order() {
+    let run = |run: fn(*const u8), seed| run_with(run, 4, 64 * 6, true, seed);
+    for seed in 0..SEEDS {
+        let words = run(|p| last_arriver(p, true, true), seed).unwrap();
+        assert_eq!(words[0], 0);
+        assert!((0..64).all(|t| words[64 * 5 + t] == (t as u32 + 1) % 64));
+        let broken: [fn(*const u8); 2] =
+            [|p| last_arriver(p, false, true), |p| last_arriver(p, true, false)];
+        for kernel in broken {
+            let fault = run(kernel, seed).unwrap_err();
+            assert!(fault.what.contains("race"), "{fault}");
+        }
+    }
+}
+
+/// The lanes that did not come to the counter themselves look before a barrier has told them.
+#[test]
+fn other_ctas_words_before_a_barrier() {
+    fn kernel(params: *const u8, after: bool) {
+        let (at, thread) = (buffer(params), isa::thread_x());
+        unsafe {
+            isa::st_global_1(at + 256 * (1 + isa::block_x() as u64) + 4 * thread as u64, [7]);
+            isa::bar_sync();
+            if thread == 0 {
+                isa::atom_inc_global_acq_rel(at, 1);
+            }
+            if after {
+                isa::bar_sync();
+            }
+            if thread == 33 {
+                isa::ld_global_1(at + 256 * (1 + (isa::block_x() as u64 + 1) % 2));
+            }
+        }
+    }
+    for seed in 0..SEEDS {
+        // The first CTA finds nothing written; the second one, words that it has no order with.
+        let broken = run_with(|p| kernel(p, false), 2, 64 * 4, true, seed);
+        assert!(broken.unwrap_err().what.contains("race"));
+        assert!(run_with(|p| kernel(p, true), 2, 64 * 4, true, seed).is_ok());
+    }
+}

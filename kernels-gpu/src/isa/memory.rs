@@ -208,6 +208,27 @@ pub unsafe fn atom_inc_global(at: u64, most: u32) -> u32 {
     sim::atom_global(at, |old| if old >= most { 0 } else { old + 1 })
 }
 
+/// `atom.acq_rel.gpu.global.inc.u32`: as [`atom_inc_global`]; what the CTA did before a barrier before it has happened for
+/// those who come to the word later, after a barrier of their own.
+///
+/// # Safety
+/// As [`atom_add_global`].
+#[inline(always)]
+#[track_caller]
+pub unsafe fn atom_inc_global_acq_rel(at: u64, most: u32) -> u32 {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let d: u32;
+        // SAFETY: the caller's promise.
+        unsafe {
+            core::arch::asm!("atom.acq_rel.gpu.global.inc.u32 {d}, [{at}], {x};", d = out(reg32) d, at = in(reg64) at, x = in(reg32) most, options(nostack))
+        }
+        d
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    sim::atom_global_acq_rel(at, |old| if old >= most { 0 } else { old + 1 })
+}
+
 /// The first address of the CTA's dynamic shared memory, a multiple of 1024.
 #[inline(always)]
 pub fn shared_base() -> u32 {

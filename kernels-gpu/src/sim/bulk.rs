@@ -177,7 +177,7 @@ impl Cluster<'_> {
         for (shared, source) in sources {
             if let Source::Global(from) = source {
                 self.stats.global_copied += 16;
-                let read = self.global.read::<4>(from, mark);
+                let read = self.global.read::<4>(from, mark, &[]);
                 let read = self.check(thread, line, read);
                 data.push((shared, early.then_some(read), from));
             } else {
@@ -238,7 +238,7 @@ impl Cluster<'_> {
         let store = self.bulk.stores.swap_remove(i);
         for ((to, _), data) in store.pieces.iter().zip(store.data.unwrap_or_default()) {
             self.stats.global_written += 16;
-            let written = self.global.write(*to, data, store.mark);
+            let written = self.global.write(*to, data, store.mark, &[]);
             self.check(store.thread, store.line, written);
         }
     }
@@ -261,7 +261,7 @@ impl Cluster<'_> {
             let data = match source {
                 Source::Data(data) => data,
                 Source::Global(from) => {
-                    let read = self.global.read::<4>(from, mark);
+                    let read = self.global.read::<4>(from, mark, &[]);
                     self.check(thread, line, read)
                 }
             };

@@ -14,7 +14,7 @@ use corosensei::{Coroutine, CoroutineResult};
 use super::barrier::Barriers;
 use super::bulk::Bulk;
 use super::clock::{Agents, Clock, Joins};
-use super::global::Global;
+use super::global::{Acquired, Global, Releases};
 use super::lane::{self, Lane};
 use super::shared::Shared;
 use super::warp::Warp;
@@ -62,6 +62,8 @@ pub(super) struct Cta {
     pub(super) epoch: u32,
     /// Registers that no warpgroup has.
     pub(super) free_registers: u32,
+    /// What its lanes have learnt of other CTAs.
+    pub(super) acquired: Vec<Acquired>,
 }
 
 /// A running cluster. Lanes, numbered through its CTAs, reach it by a raw pointer, one at a time.
@@ -72,6 +74,7 @@ pub(super) struct Cluster<'a> {
     pub(super) warps: Vec<Warp>,
     pub(super) warpgroups: Vec<Warpgroup>,
     pub(super) global: Global<'a>,
+    pub(super) releases: Releases,
     pub(super) rng: Rng,
     pub(super) stats: Stats,
     pub(super) agents: Agents,
@@ -123,6 +126,7 @@ pub fn launch(memory: &Memory, launch: &Launch<'_>) -> Result<Stats, Fault> {
         barriers: Barriers::default(),
         epoch: 0,
         free_registers: 0,
+        acquired: Vec::new(),
     };
     let mut cluster = Cluster {
         launch,
@@ -131,6 +135,7 @@ pub fn launch(memory: &Memory, launch: &Launch<'_>) -> Result<Stats, Fault> {
         warps: Vec::new(),
         warpgroups: Vec::new(),
         global: memory.lock(),
+        releases: Releases::default(),
         elected: rng.below(32),
         rng,
         stats: Stats::default(),
@@ -168,6 +173,7 @@ impl Cluster<'_> {
         self.fences = (0..threads).map(|_| Vec::new()).collect();
         for cta in &mut self.ctas {
             cta.shared.reset();
+            cta.acquired.clear();
             (cta.barriers, cta.epoch, cta.free_registers) = (Barriers::default(), 0, 0);
         }
         (self.bulk, self.mbarriers) = (Bulk::default(), 0);

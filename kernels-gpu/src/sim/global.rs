@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::format;
 use std::string::String;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::vec::Vec;
 
 use memmap2::{MmapMut, MmapOptions};
 
@@ -55,9 +56,48 @@ impl Mark {
         self.0 >> 2 & 0xf_ffff
     }
 
-    fn before(self, now: Mark) -> bool {
-        self.launch() != now.launch()
-            || self.cta() == now.cta() && (self.lane() == now.lane() || self.epoch() < now.epoch())
+    /// Before `now`, of a CTA that has learnt what `acquired` says of others.
+    fn before(self, now: Mark, acquired: &[Acquired]) -> bool {
+        if self.launch() != now.launch() {
+            return true;
+        }
+        if self.cta() == now.cta() {
+            return self.lane() == now.lane() || self.epoch() < now.epoch();
+        }
+        acquired.iter().any(|a| a.known_to(now) && a.cta == self.cta() && self.epoch() < a.epoch)
+    }
+}
+
+/// What a lane has learnt of another CTA by an atomic that acquires: all that this did before its barrier number `epoch`.
+/// Other lanes know it from their next barrier on.
+#[derive(Clone, Copy)]
+pub(super) struct Acquired {
+    cta: u64,
+    epoch: u64,
+    by: Mark,
+}
+
+impl Acquired {
+    fn known_to(&self, now: Mark) -> bool {
+        self.by.lane() == now.lane() || self.by.epoch() < now.epoch()
+    }
+}
+
+/// What the atomics of a launch have released, by their address: CTAs and numbers of their barriers.
+#[derive(Default)]
+pub(super) struct Releases(BTreeMap<u64, Vec<(u64, u64)>>);
+
+impl Releases {
+    /// An atomic that acquires and releases: what others released there is learnt; what the CTA did before its last barrier
+    /// and what the lane knows of others is released.
+    pub(super) fn pass(&mut self, at: u64, now: Mark, acquired: &mut Vec<Acquired>) {
+        let released = self.0.entry(at).or_default();
+        acquired.extend(released.iter().map(|&(cta, epoch)| Acquired { cta, epoch, by: now }));
+        released.push((now.cta(), now.epoch()));
+        let known = acquired.iter().filter(|a| a.known_to(now)).map(|a| (a.cta, a.epoch));
+        released.extend(known);
+        released.sort_unstable();
+        released.dedup();
     }
 }
 
@@ -73,13 +113,19 @@ impl Allocation {
         unsafe { std::slice::from_raw_parts_mut(all.add(offset / 2), bytes.div_ceil(2)) }
     }
 
-    fn read(&mut self, offset: usize, bytes: usize, now: Mark) -> Result<&[u8], String> {
+    fn read(
+        &mut self,
+        offset: usize,
+        bytes: usize,
+        now: Mark,
+        acquired: &[Acquired],
+    ) -> Result<&[u8], String> {
         let initialised = self.initialised;
         for mark in self.marks(offset, bytes) {
             if mark.0 == 0 && !initialised {
                 return Err("read of unwritten global memory".into());
             }
-            if !mark.before(now) {
+            if !mark.before(now, acquired) {
                 return Err(format!(
                     "race: read of global memory that thread {} of CTA {} wrote in this launch with no barrier since",
                     mark.lane(),
@@ -90,9 +136,16 @@ impl Allocation {
         Ok(&self.data[GUARD + offset..][..bytes])
     }
 
-    fn write(&mut self, offset: usize, from: &[u8], now: Mark, atomic: bool) -> Result<(), String> {
+    fn write(
+        &mut self,
+        offset: usize,
+        from: &[u8],
+        now: Mark,
+        atomic: bool,
+        acquired: &[Acquired],
+    ) -> Result<(), String> {
         for mark in self.marks(offset, from.len()) {
-            if !(mark.before(now) || atomic && mark.0 & Mark::ATOMIC == 1) {
+            if !(mark.before(now, acquired) || atomic && mark.0 & Mark::ATOMIC == 1) {
                 return Err(format!(
                     "race: write to global memory that thread {} of CTA {} wrote in this launch with no barrier since",
                     mark.lane(),
@@ -127,9 +180,14 @@ impl Global<'_> {
         }
     }
 
-    pub(super) fn read<const N: usize>(&mut self, at: u64, now: Mark) -> Result<[u32; N], String> {
+    pub(super) fn read<const N: usize>(
+        &mut self,
+        at: u64,
+        now: Mark,
+        acquired: &[Acquired],
+    ) -> Result<[u32; N], String> {
         let (allocation, offset) = self.locate(at, 4 * N)?;
-        let bytes = allocation.read(offset, 4 * N, now)?;
+        let bytes = allocation.read(offset, 4 * N, now, acquired)?;
         let mut words = [0; N];
         for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(4)) {
             *word = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
@@ -137,31 +195,37 @@ impl Global<'_> {
         Ok(words)
     }
 
-    pub(super) fn write<const N: usize>(&mut self, at: u64, x: [u32; N], now: Mark) -> Result<(), String> {
+    pub(super) fn write<const N: usize>(
+        &mut self,
+        at: u64,
+        x: [u32; N],
+        now: Mark,
+        acquired: &[Acquired],
+    ) -> Result<(), String> {
         let (allocation, offset) = self.locate(at, 4 * N)?;
         let mut bytes = [0u8; 16];
         for (to, word) in bytes.chunks_exact_mut(4).zip(x) {
             to.copy_from_slice(&word.to_le_bytes());
         }
-        allocation.write(offset, &bytes[..4 * N], now, false)
+        allocation.write(offset, &bytes[..4 * N], now, false, acquired)
     }
 
     pub(super) fn read_u16(&mut self, at: u64, now: Mark) -> Result<u32, String> {
         let (allocation, offset) = self.locate(at, 2)?;
-        let bytes = allocation.read(offset, 2, now)?;
+        let bytes = allocation.read(offset, 2, now, &[])?;
         Ok(u16::from_le_bytes([bytes[0], bytes[1]]) as u32)
     }
 
     pub(super) fn write_u16(&mut self, at: u64, x: u32, now: Mark) -> Result<(), String> {
         let (allocation, offset) = self.locate(at, 2)?;
-        allocation.write(offset, &(x as u16).to_le_bytes(), now, false)
+        allocation.write(offset, &(x as u16).to_le_bytes(), now, false, &[])
     }
 
     pub(super) fn atomic(&mut self, at: u64, f: impl FnOnce(u32) -> u32, now: Mark) -> Result<u32, String> {
         let (allocation, offset) = self.locate(at, 4)?;
         let bytes = &allocation.data_mut()[offset..][..4];
         let old = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-        allocation.write(offset, &f(old).to_le_bytes(), now, true)?;
+        allocation.write(offset, &f(old).to_le_bytes(), now, true, &[])?;
         Ok(old)
     }
 }

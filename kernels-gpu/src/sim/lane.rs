@@ -257,7 +257,7 @@ pub(crate) fn warp_sync() {
 
 /// `N` words from global memory, first in an array of four.
 fn read_words<const N: usize>(c: &mut Cluster<'_>, from: u64, mark: Mark) -> Result<[u32; 4], String> {
-    let read = c.global.read::<N>(from, mark)?;
+    let read = c.global.read::<N>(from, mark, &[])?;
     let mut words = [0; 4];
     words[..N].copy_from_slice(&read);
     Ok(words)
@@ -367,7 +367,8 @@ pub(crate) fn read_global<const N: usize>(at: u64) -> [u32; N] {
     with(|c, thread| {
         c.stats.global_read += 4 * N as u64;
         let mark = c.mark(thread);
-        let read = c.global.read(at, mark);
+        let rank = c.rank(thread);
+        let read = c.global.read(at, mark, &c.ctas[rank].acquired);
         c.check(thread, line, read)
     })
 }
@@ -378,7 +379,8 @@ pub(crate) fn write_global<const N: usize>(at: u64, x: [u32; N]) {
     with(|c, thread| {
         c.stats.global_written += 4 * N as u64;
         let mark = c.mark(thread);
-        let written = c.global.write(at, x, mark);
+        let rank = c.rank(thread);
+        let written = c.global.write(at, x, mark, &c.ctas[rank].acquired);
         c.check(thread, line, written);
     });
 }
@@ -414,4 +416,14 @@ pub(crate) fn atom_global(at: u64, f: impl FnOnce(u32) -> u32) -> u32 {
         let old = c.global.atomic(at, f, mark);
         c.check(thread, line, old)
     })
+}
+
+/// As [`atom_global`]; what CTAs did before is known to those that come to the word after them.
+#[track_caller]
+pub(crate) fn atom_global_acq_rel(at: u64, f: impl FnOnce(u32) -> u32) -> u32 {
+    with(|c, thread| {
+        let (mark, rank) = (c.mark(thread), c.rank(thread));
+        c.releases.pass(at, mark, &mut c.ctas[rank].acquired);
+    });
+    atom_global(at, f)
 }

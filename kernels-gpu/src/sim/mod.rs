@@ -14,7 +14,8 @@
 //! | clusters | all CTAs of one run together |
 //!
 //! Clusters run one after another in an order drawn from the seed, and so do warps inside; accesses of two CTAs to the
-//! same global bytes are a fault all the same, for on a GPU they have no order.
+//! same global bytes are a fault all the same, for on a GPU they have no order, unless atomics that release and acquire
+//! stand between, with barriers on both sides.
 //!
 //! What it does not see: a write to global memory that another lane has read before without a barrier between (of
 //! shared memory it does); global memory passed between lanes under an mbarrier or named barrier (a fault, though a GPU
@@ -40,7 +41,7 @@ pub(crate) use bulk::{bulk_commit, bulk_load, bulk_store, bulk_wait, tma_load, t
 pub use cluster::{Kernel, Launch, launch};
 pub use global::Memory;
 pub(crate) use lane::{
-    atom_add_shared, atom_add_shared_u64, atom_global, collective, cp_async, cp_async_commit, cp_async_wait,
+    atom_add_shared, atom_add_shared_u64, atom_global, atom_global_acq_rel, collective, cp_async, cp_async_commit, cp_async_wait,
     fence_proxy, here, map_shared, read_global, read_global_u16, read_shared, warp_sync, write_global,
     write_global_u16, write_shared,
 };
