@@ -369,8 +369,7 @@ fn other_ctas_words_without_an_order() {
         let words = run(|p| last_arriver(p, true, true), seed).unwrap();
         assert_eq!(words[0], 0);
         assert!((0..64).all(|t| words[64 * 5 + t] == (t as u32 + 1) % 64));
-        let broken: [fn(*const u8); 2] =
-            [|p| last_arriver(p, false, true), |p| last_arriver(p, true, false)];
+        let broken: [fn(*const u8); 2] = [|p| last_arriver(p, false, true), |p| last_arriver(p, true, false)];
         for kernel in broken {
             let fault = run(kernel, seed).unwrap_err();
             assert!(fault.what.contains("race"), "{fault}");

@@ -4,6 +4,7 @@ use ferroflash_kernels::abi::{KV_BLOCK, MergeItem, NO_PARTIAL, Sequence, WorkIte
 
 mod batch;
 mod lists;
+mod ranges;
 mod schedule;
 
 pub use batch::{Batch, KvTable, PageLists, Splits, TreeMask};
@@ -23,8 +24,14 @@ pub struct Plan {
     /// Tokens per page; 0: ragged.
     pub(crate) page_size: usize,
     pub(crate) tree_mask: Vec<u32>,
+    /// Those of ranges first, then others.
     pub(crate) items: Vec<WorkItem>,
+    /// In the order of the items' tiles: those of ranges first.
     pub(crate) merges: Vec<MergeItem>,
+    /// Items of range `r` are `items[ranges[r]..ranges[r + 1]]`.
+    pub(crate) ranges: Vec<u32>,
+    /// Merges of ranges' items.
+    pub(crate) range_merges: usize,
     /// Tokens after which an item starts a new state; 0: never.
     pub(crate) section: usize,
     pub(crate) partial_rows: usize,
@@ -77,6 +84,8 @@ impl Plan {
             tree_mask: Vec::new(),
             items: Vec::new(),
             merges: Vec::new(),
+            ranges: Vec::new(),
+            range_merges: 0,
             section: 0,
             partial_rows: 0,
             hopper: false,
@@ -92,6 +101,12 @@ impl Plan {
     /// Work items, in the order in which workers take them.
     pub fn work_items(&self) -> &[WorkItem] {
         &self.items
+    }
+
+    /// Where decoding's workers stay and walk items: worker `r` takes items `ranges[r]..ranges[r + 1]`, and no others
+    /// do. Empty where a device has no such workers.
+    pub fn ranges(&self) -> &[u32] {
+        &self.ranges
     }
 
     /// Rows that are merged from partial states.
@@ -262,6 +277,8 @@ fn work_item(seq: usize, kv_head: usize, row_start: usize, row_end: usize, pages
         partial: NO_PARTIAL,
         scratch: NO_PARTIAL,
         pages,
+        merge: 0,
+        reserved: 0,
     }
 }
 

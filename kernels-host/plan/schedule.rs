@@ -21,6 +21,10 @@ pub(crate) struct Schedule {
     pub(crate) row_tile: usize,
     /// Parallel workers that items should fill.
     pub(crate) workers: usize,
+    /// Workers that stay and walk ranges of items of few rows; 0: none do.
+    pub(crate) ranges: usize,
+    /// Rows of such an item at most.
+    pub(crate) range_rows: usize,
     /// Whether an item that finishes rows after several sections gets room to keep them in between.
     pub(crate) scratch: bool,
     /// Whether items of many rows are for Hopper's kernels.
@@ -39,7 +43,13 @@ impl Plan {
         splits: Splits,
         schedule: Schedule,
     ) -> Result<()> {
-        let workers = schedule.workers.max(1);
+        if schedule.ranges > 0 {
+            let is_few = |t: &WorkItem| (t.row_end - t.row_start) as usize <= schedule.range_rows;
+            let (few, many) = tiles.into_iter().partition(is_few);
+            self.walk_ranges(few, splits, schedule.ranges);
+            tiles = many;
+        }
+        let (range_items, workers) = (self.items.len(), schedule.workers.max(1));
         // Longest first, so that no worker starts a long item when the others are done.
         tiles.sort_by_key(|t| std::cmp::Reverse(cost(t)));
         let total: u64 = tiles.iter().map(cost).sum();
@@ -70,7 +80,7 @@ impl Plan {
         }
         if schedule.scratch && self.section > 0 {
             let section = self.section as u32;
-            for item in &mut self.items {
+            for item in &mut self.items[range_items..] {
                 let sections = item.kv_end.div_ceil(section) - item.kv_start / section;
                 if item.partial == NO_PARTIAL && sections > 1 {
                     item.scratch = self.partial_rows as u32;
@@ -91,7 +101,7 @@ impl Plan {
             [] => 0,
             sections => sections[t.seq as usize * spec.num_kv_heads + t.kv_head as usize],
         };
-        self.items.sort_by_key(|t| {
+        self.items[range_items..].sort_by_key(|t| {
             let few = t.row_end - t.row_start <= FEW_ROWS;
             let section = if few { 0 } else { section(t) };
             (section, std::cmp::Reverse(cost(t)), t.seq, t.kv_start, t.kv_head)
@@ -140,16 +150,29 @@ impl Plan {
             return;
         }
         let partial = self.partial_rows;
-        for start in (first..tile.kv_end).step_by(piece as usize) {
+        let pieces = (first..tile.kv_end).step_by(piece as usize);
+        let num_items = pieces.len() as u32;
+        for start in pieces {
             self.items.push(WorkItem {
                 kv_start: start.max(tile.kv_start),
                 kv_end: start.saturating_add(piece).min(tile.kv_end),
                 partial: (partial + ((start - first) / state) as usize * rows) as u32,
+                merge: self.merges.len() as u32,
                 ..tile
             });
         }
         let WorkItem { seq, kv_head, row_start, row_end, .. } = tile;
-        self.merges.push(MergeItem { seq, kv_head, row_start, row_end, partial: partial as u32, num_splits });
+        let partial = partial as u32;
+        self.merges.push(MergeItem {
+            seq,
+            kv_head,
+            row_start,
+            row_end,
+            partial,
+            num_splits,
+            num_items,
+            reserved: 0,
+        });
         self.partial_rows += num_splits as usize * rows;
     }
 }

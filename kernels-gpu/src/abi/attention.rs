@@ -36,6 +36,10 @@ pub struct WorkItem {
     pub scratch: u32,
     /// First entry of the item's page list. KV tokens of the item count along its list, page by page.
     pub pages: u64,
+    /// The [`MergeItem`] that the item's partial states belong to.
+    pub merge: u32,
+    /// Keeps the size a multiple of 8 on every target.
+    pub reserved: u32,
 }
 
 /// Rows whose partial states are merged, in order, into finished rows.
@@ -54,6 +58,10 @@ pub struct MergeItem {
     pub partial: u32,
     /// Number of splits.
     pub num_splits: u32,
+    /// Work items that write them.
+    pub num_items: u32,
+    /// Keeps the size a multiple of 8 on every target.
+    pub reserved: u32,
 }
 
 /// One sequence of the batch.
@@ -142,6 +150,21 @@ pub struct AttentionParams {
     pub section: u32,
 }
 
+/// What decoding is given: CTA `c` takes items `ranges[c]..ranges[c + 1]`, one after the other, and who comes last to a
+/// merge does it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DecodeParams {
+    /// As ever.
+    pub attention: AttentionParams,
+    /// u32, one more than CTAs.
+    pub ranges: u64,
+    /// [`MergeItem`]s.
+    pub merges: u64,
+    /// A u32 per merge, 0 between launches: items that have come to it.
+    pub arrivals: u64,
+}
+
 /// What the merge kernel is given.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -173,6 +196,9 @@ pub const fn partial_stride(v_head_dim: usize) -> usize {
 /// Packed query rows of one decode tile.
 pub const DECODE_ROWS: usize = 16;
 
+/// Warps of a decode CTA, which take turns at the blocks of its items.
+pub const DECODE_WARPS: usize = 4;
+
 /// Packed query rows of one prefill tile. With 256 channels, Q of 128 rows, K and V would be 128 KiB of shared
 /// memory, and GPUs of compute capability 8.6, 8.9 and 12.0 have 99.
 pub const fn prefill_rows(head_dim: usize) -> usize {
@@ -180,10 +206,11 @@ pub const fn prefill_rows(head_dim: usize) -> usize {
 }
 
 plain! {
-    WorkItem: 40,
-    MergeItem: 24,
+    WorkItem: 48,
+    MergeItem: 32,
     Sequence: 56,
     ScoreParams: 20,
     AttentionParams: 256,
+    DecodeParams: 280,
     MergePartialsParams: 96,
 }

@@ -61,11 +61,24 @@ pub(crate) struct KvRows<'a> {
     base: u64,
 }
 
+impl PageRows {
+    /// Address of token 0 of page 0 of the item's head. Where KV is paged, `kv_start` is 0.
+    #[inline(always)]
+    pub(crate) fn head_base(&self, seq: &Sequence, item: &WorkItem) -> u64 {
+        self.base + item.kv_head as u64 * self.head + seq.kv_start * self.token
+    }
+}
+
 impl<'a> KvRows<'a> {
     #[inline(always)]
     pub(crate) fn new(rows: &'a PageRows, seq: &Sequence, item: &WorkItem) -> Self {
-        // Where KV is paged, `kv_start` is 0.
-        KvRows { rows, base: rows.base + item.kv_head as u64 * rows.head + seq.kv_start * rows.token }
+        KvRows { rows, base: rows.head_base(seq, item) }
+    }
+
+    /// Address of a row.
+    #[inline(always)]
+    pub(crate) fn at(&self, page: u32, offset: u32) -> u64 {
+        self.base + page as u64 * self.rows.page + offset as u64 * self.rows.token
     }
 
     /// Sets out to copy the rows of a block from token `at` into `tile`, by all `THREADS` lanes; zeros from
@@ -93,7 +106,7 @@ impl<'a> KvRows<'a> {
             if there {
                 // SAFETY: the token is below the end.
                 let (page, offset) = unsafe { pages.locate(at + row) };
-                from += page as u64 * self.rows.page + offset as u64 * self.rows.token + chunk as u64 * 16;
+                from = self.at(page, offset) + chunk as u64 * 16;
             }
             // SAFETY: the caller's promise.
             unsafe { isa::cp_async_16(tile.at(row, chunk), from, if there { 16 } else { 0 }) };
@@ -121,7 +134,7 @@ impl<'a> KvRows<'a> {
             if first + lane < N && at + first + lane < end {
                 // SAFETY: the token is below the end.
                 let (page, offset) = unsafe { pages.locate(at + first + lane) };
-                from = self.base + page as u64 * self.rows.page + offset as u64 * self.rows.token;
+                from = self.at(page, offset);
             }
             let mut index = lane;
             while index < isa::opaque(32 * CHUNKS) {

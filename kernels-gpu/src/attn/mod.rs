@@ -2,6 +2,7 @@
 
 pub(crate) mod kv;
 pub(crate) mod mask;
+pub(crate) mod merge;
 pub(crate) mod output;
 pub(crate) mod rows;
 pub(crate) mod softmax;

@@ -200,6 +200,25 @@ impl Output<'_> {
         }
     }
 
+    /// The end of part `part` of an item: its state is a partial one of its own, or, of the only one, a finished row.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn end_part<T: Half, const TILES: usize>(
+        &self,
+        rows: &LaneRows<'_>,
+        part: u32,
+        state: State,
+        o: &Accumulator<TILES>,
+    ) {
+        let (item, seq) = rows.place.item();
+        if item.partial == NO_PARTIAL {
+            self.finish::<T, TILES>(&item, &seq, rows, &state, o);
+        } else {
+            let first = item.partial + part * (item.row_end - item.row_start);
+            self.write_partial(&item, first, rows, &state, o);
+        }
+    }
+
     /// The end, at token `end`, of a section of the item's KV: its state is a partial one of its own, or is
     /// merged with those before it, and at the item's end becomes a finished row.
     #[inline(always)]

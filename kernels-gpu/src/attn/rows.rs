@@ -103,21 +103,29 @@ impl<'a> Place<'a> {
         unsafe { isa::st_shared_4(self.at, [0, 0, 0, NO_ITEM]) };
     }
 
+    /// Number of the item.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn index(&self) -> u32 {
+        // SAFETY: written before a barrier.
+        unsafe {
+            let [index] = isa::ld_shared_1(self.at + 12);
+            index
+        }
+    }
+
     /// Whether the place is that of no item.
     #[inline(always)]
     #[track_caller]
     pub(crate) fn is_none(&self) -> bool {
-        // SAFETY: written before a barrier.
-        let [index] = unsafe { isa::ld_shared_1(self.at + 12) };
-        index == NO_ITEM
+        self.index() == NO_ITEM
     }
 
     /// The item and its sequence.
     #[inline(always)]
     #[track_caller]
     pub(crate) fn item(&self) -> (WorkItem, Sequence) {
-        // SAFETY: written before a barrier.
-        load_item(self.p, unsafe { isa::ld_shared_1(self.at + 12) }[0])
+        load_item(self.p, self.index())
     }
 
     /// The lane's two of the 16 rows from row `first` of the tile.

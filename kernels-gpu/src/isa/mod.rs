@@ -23,7 +23,7 @@ pub use memory::*;
 pub use mma::{ldmatrix_x4, ldmatrix_x4_trans, mma_bf16, mma_f16, stmatrix_x4};
 pub use thread::*;
 pub use tma::*;
-pub use warp::{ballot, elect, shfl_bfly, shfl_idx, shfl_up, warp_sync};
+pub use warp::{agreed, ballot, elect, shfl_bfly, shfl_idx, shfl_up, warp_sync};
 pub use wgmma::{wgmma, wgmma_commit, wgmma_fence, wgmma_first, wgmma_registers, wgmma_wait};
 
 #[cfg(target_arch = "nvptx64")]

@@ -97,6 +97,14 @@ pub fn ballot(holds: bool) -> u32 {
     })[0]
 }
 
+/// A condition that is the same in all lanes, by a vote: the assembler then knows it, and keeps the warp together without
+/// instructions for lanes that part.
+#[inline(always)]
+#[track_caller]
+pub fn agreed(holds: bool) -> bool {
+    ballot(holds) != 0
+}
+
 /// `elect.sync`: true in one lane of the warp, always the same.
 #[inline(always)]
 #[track_caller]

@@ -1,139 +1,285 @@
 //! Attention of at most 16 packed rows (a query group, or a few speculated tokens): bound by reading KV.
 //!
-//! A CTA takes one work item, a range of one KV head's tokens. Its four warps share each block: warp `w`
-//! computes `S` of tokens `16 w..16 w + 16`, S goes through shared memory, every warp computes the same
-//! softmax of all 64 columns, and warp `w` accumulates its quarter of O's channels. So every sum has the same
-//! order as in the prefill kernel, and a row's bits do not depend on which of the two computes it.
+//! A CTA stays and walks a range of work items; its warps take turns at their blocks. A warp has a ring of its own and
+//! computes `S`, softmax and `O` of its blocks alone, in the order of the prefill kernel, so that a row's bits under a
+//! fixed split do not depend on which of the two computes it. Warps meet at the end of an item only, and their rings go on
+//! loading the next one meanwhile. Where an item is a part of its row's KV, the CTA that comes last to the row merges all
+//! parts, in the order of KV: the bits do not depend on who that is.
 
 use core::marker::PhantomData;
 
-use crate::abi::{DECODE_ROWS, KV_BLOCK};
+use crate::abi::{
+    AttentionParams, DECODE_ROWS, DECODE_WARPS, DecodeParams, KV_BLOCK, MergeItem, NO_PARTIAL, Sequence,
+    WorkItem,
+};
 use crate::attn::mask;
+use crate::attn::merge::Merging;
 use crate::attn::output::{Accumulator, Output};
-use crate::attn::rows::{Place, load_item};
-use crate::attn::softmax::{Logits, Scores, State, rescale};
+use crate::attn::rows::{Place, load_item, read_struct};
+use crate::attn::softmax::{self, Logits, Scores, State, rescale};
 use crate::isa;
 use crate::kernels::prefill::copy_q;
-use crate::sched::{Source, section_end};
+use crate::sched::{STAGE, Unit, Units, WarpRing};
 use crate::tile::fragment::c_to_a;
 use crate::tile::{Half, SharedTile};
 
-/// Words from row to row of S: 64, and 8 so that four rows of a half-warp's stores meet 32 banks.
-const S_STRIDE: u32 = 72;
+const WARPS: u32 = DECODE_WARPS as u32;
+const STAGES: u32 = KV_BLOCK as u32 / STAGE;
 
-/// `CHUNKS` of 8 channels. Rings of 64 to 72 KiB, so that two or three CTAs keep an SM's loads in flight on all
-/// GPUs, and one fits where shared memory ends at 99 KiB; of int4, four stages.
-pub(super) struct Config<S, const CHUNKS: u32>(PhantomData<S>);
+/// `CHUNKS` of 8 channels, `SLOTS` stages of 16 tokens in a warp's ring.
+///
+/// | head_dim | slots | bytes on their way in a CTA |
+/// |---|---|---|
+/// | 64 | 8 | 56 KiB |
+/// | 96 | 6 | 60 KiB |
+/// | 128 | 4 | 48 KiB |
+/// | 192 | 3 | 48 KiB |
+/// | 256 | 2 | 32 KiB |
+///
+/// An H200 reads 4.8 TB/s with 132 SMs: for a latency of 1 us an SM needs 36 KiB on their way, and two CTAs have 64 at
+/// least. Two fit in the 164 KiB of an A100's SM (but for 192 and 256 channels), one where shared memory ends at 99 KiB.
+pub(super) struct Config<const CHUNKS: u32, const TILES: usize, const SLOTS: u32>(PhantomData<()>);
 
-impl<S: Source<'static, CHUNKS>, const CHUNKS: u32> super::Config for Config<S, CHUNKS> {
-    const THREADS: u32 = 128;
+impl<const CHUNKS: u32, const TILES: usize, const SLOTS: u32> super::Config for Config<CHUNKS, TILES, SLOTS> {
+    const THREADS: u32 = 32 * WARPS;
     const MIN_CTAS: u32 = 2;
-    const SHARED_BYTES: u32 = Plan::<CHUNKS>::TILES + S::BYTES;
+    const SHARED_BYTES: u32 = Plan::<CHUNKS, TILES, SLOTS>::BYTES;
 }
 
-/// Shared memory: Q `[16, head_dim]`, S `[16, 64]` f32, the place, the tiles of K and V.
-struct Plan<const CHUNKS: u32>;
+/// Shared memory: Q `[16, head_dim]` or, when it is not needed any more, a warp's state on its way to another; the place,
+/// whether the CTA has come last, units of the items before; the rings.
+struct Plan<const CHUNKS: u32, const TILES: usize, const SLOTS: u32>;
 
-impl<const CHUNKS: u32> Plan<CHUNKS> {
-    const S: u32 = SharedTile::<CHUNKS>::bytes(DECODE_ROWS as u32);
-    const PLACE: u32 = Self::S + 4 * S_STRIDE * DECODE_ROWS as u32;
-    const TILES: u32 = (Self::PLACE + Place::BYTES).next_multiple_of(128);
+impl<const CHUNKS: u32, const TILES: usize, const SLOTS: u32> Plan<CHUNKS, TILES, SLOTS> {
+    const PLACE: u32 = {
+        let (q, state) = (SharedTile::<CHUNKS>::bytes(DECODE_ROWS as u32), 512 * (TILES as u32 + 1));
+        assert!(q <= state);
+        state
+    };
+    const LAST: u32 = Self::PLACE + Place::BYTES;
+    const TURN: u32 = Self::LAST + 4;
+    const RINGS: u32 = (Self::TURN + 4).next_multiple_of(128);
+    const BYTES: u32 = Self::RINGS + WARPS * WarpRing::<CHUNKS, SLOTS>::BYTES;
 }
 
-/// The kernel, for queries and outputs of type `Io` and products of type `T`. `TILES` is the number of 8-channel
-/// tiles of O in a warp, `CHUNKS / 4`.
+/// The kernel. `TILES` is `CHUNKS`, as a length.
 #[inline(always)]
-pub(super) unsafe fn body<
-    'a,
-    Io: Half,
-    T: Half,
-    S: Source<'a, CHUNKS>,
-    const CHUNKS: u32,
-    const TILES: usize,
->(
-    params: &'a S::Params,
+pub(super) unsafe fn body<T: Half, const CHUNKS: u32, const TILES: usize, const SLOTS: u32>(
+    params: &DecodeParams,
 ) {
-    let p = S::attention(params);
-    let (item, seq) = load_item(p, isa::block_x());
+    let p = &params.attention;
+    // First item, and one past the last. SAFETY: the host gives one more than CTAs.
+    let range =
+        |i: u32| unsafe { isa::ld_global_1(params.ranges + 4 * (isa::opaque(isa::block_x()) + i) as u64) }[0];
+    let (first, last) = (range(0), range(1));
+    if isa::agreed(first == last) {
+        return;
+    }
     let (warp, lane) = (isa::thread_x() / 32, isa::thread_x() % 32);
     let base = isa::shared_base();
     let q = SharedTile::<CHUNKS>::new(base);
-    copy_q::<Io, T, CHUNKS>(p, &seq, &item, q, DECODE_ROWS as u32, 128);
-    // SAFETY: the plan gives the tiles the rest; the host has checked the item's KV.
-    let mut ring = unsafe { S::start(params, &seq, &item, base + Plan::<CHUNKS>::TILES) };
-    // The lane's place in S, as a C fragment.
-    let s_at = base + Plan::<CHUNKS>::S + 4 * (lane / 4 * S_STRIDE + 2 * (lane % 4));
-
-    let place = Place::new(p, base + Plan::<CHUNKS>::PLACE);
-    if isa::thread_x() == 0 {
-        // SAFETY: the plan has room for it.
-        unsafe { place.write(isa::block_x(), &item, &seq) };
-    }
+    let place = Place::new(p, base + Plan::<CHUNKS, TILES, SLOTS>::PLACE);
+    let ring = base + Plan::<CHUNKS, TILES, SLOTS>::RINGS + warp * WarpRing::<CHUNKS, SLOTS>::BYTES;
+    // SAFETY: the plan gives each warp its ring; the host has checked the items' KV.
+    let mut ring = unsafe { WarpRing::<CHUNKS, SLOTS>::start(p, first, last, ring) };
     let rows = place.rows(0);
     let logits = Logits::new(&p.score, p.alibi_slopes != 0);
-    let channel = 8 * TILES as u32 * warp;
-    let output = Output { p, channel, leads: warp == 0 };
+    let output = Output { p, channel: 0, leads: true };
 
-    if item.kv_start == item.kv_end {
-        // Nothing is taken, with whose barrier the place would be there.
+    let turn_at = base + Plan::<CHUNKS, TILES, SLOTS>::TURN;
+    // What is needed once an item stands in shared memory, or is loaded or computed again.
+    let (mut index, mut turn) = (first, 0);
+    while isa::agreed(index < range(1)) {
+        let (item, seq) = load_item(p, index);
+        copy_q::<T, T, CHUNKS, false>(p, &seq, &item, q, DECODE_ROWS as u32, 32 * WARPS);
+        if isa::thread_x() == 0 {
+            // SAFETY: the plan has room for both.
+            unsafe {
+                place.write(index, &item, &seq);
+                isa::st_shared_1(turn_at, [turn]);
+            }
+        }
+        isa::bar_sync();
+        let units_of = |item: &WorkItem| {
+            // SAFETY: written before the barrier.
+            let [turn] = unsafe { isa::ld_shared_1(turn_at) };
+            Units::new(p, item, turn, isa::opaque(isa::thread_x()) / 32)
+        };
+        let mut units = units_of(&item);
+        let mut unit = units.next();
+        loop {
+            // A part: all of the warp's blocks, or one section.
+            let mut state = State::EMPTY;
+            let mut o: Accumulator<TILES> = [[0.0; 4]; TILES];
+            let Unit { index: section, mut at, end } = unit;
+            let mut writes = at < end;
+            while isa::agreed(at < unit.end) {
+                let mut s: Scores<8> = [[0.0; 4]; 8];
+                let stages = stages_of(unit.end - at);
+                // Loops over stages, kept so: unrolled they would be the ring's code eight times. Registers move on.
+                let mut stage = 0;
+                while stage < isa::opaque(STAGES) {
+                    let mut part = [[0.0; 4]; 2];
+                    if isa::agreed(stage < stages) {
+                        let k = ring.take();
+                        // Opaque: the loops' many shared addresses are computed where they are used.
+                        let lane = isa::opaque(lane);
+                        // Channels past head_dim are zeros and left out.
+                        let mut chunk = 0;
+                        while chunk < p.head_dim / 8 {
+                            for chunk in [chunk, chunk + 2] {
+                                // SAFETY: Q is visible since the barrier, K since `take`.
+                                let (a, b) =
+                                    unsafe { (q.a(lane, 0, chunk), k.b_from_columns(lane, 0, chunk)) };
+                                T::mma(&mut part[0], a, b[0]);
+                                T::mma(&mut part[1], a, b[1]);
+                            }
+                            chunk += 4;
+                        }
+                    }
+                    s = [s[2], s[3], s[4], s[5], s[6], s[7], part[0], part[1]];
+                    stage += 1;
+                }
+                logits.apply(&mut s, &rows, at);
+                mask::hide::<true, 8>(&rows, at, &mut s);
+                let correction = state.step(&mut s, logits.factor);
+                let mut weights: [[u32; 4]; STAGES as usize] =
+                    core::array::from_fn(|stage| c_to_a::<T>(s[2 * stage], s[2 * stage + 1]));
+                rescale(&mut o, correction);
+                let mut stage = 0;
+                while isa::agreed(stage < stages) {
+                    let v = ring.take();
+                    let lane = isa::opaque(lane);
+                    for j in (0..TILES).step_by(2) {
+                        // SAFETY: V is visible since `take`.
+                        let b = unsafe { v.b_pair_from_rows(lane, 0, j as u32) };
+                        T::mma(&mut o[j], weights[0], b[0]);
+                        T::mma(&mut o[j + 1], weights[0], b[1]);
+                    }
+                    weights = [weights[1], weights[2], weights[3], weights[3]];
+                    stage += 1;
+                }
+                at += KV_BLOCK as u32;
+                if p.section == 0 {
+                    // A unit is a block.
+                    unit = units.next();
+                    at = unit.at;
+                }
+            }
+            let mut state = state.reduced();
+            if p.section == 0 {
+                let all = units_of(&place.item().0);
+                let others = if all.count() < WARPS { all.count() } else { WARPS };
+                state = gather_states(base, all.place(), others, state, &mut o);
+                writes = all.place() == 0;
+            } else {
+                unit = units.next();
+            }
+            if isa::agreed(writes) {
+                output.end_part::<T, TILES>(&rows, if p.section == 0 { 0 } else { section }, state, &o);
+            }
+            if isa::agreed(unit.at >= unit.end) {
+                break;
+            }
+        }
+        // Loaded again, and not kept in registers over the blocks.
+        let (item, seq) = place.item();
+        index = place.index() + 1;
+        // SAFETY: written before the barrier.
+        turn = unsafe { isa::ld_shared_1(turn_at) }[0] + units_of(&item).count();
+        // All have used Q and the place, and written their states.
+        isa::bar_sync();
+        merge_if_last::<T>(params, &item, &seq, base + Plan::<CHUNKS, TILES, SLOTS>::LAST);
+    }
+}
+
+/// Stages of K, and of V, of a block with this many tokens left to the end of its unit.
+#[inline(always)]
+fn stages_of(left: u32) -> u32 {
+    let stages = left.div_ceil(STAGE);
+    if stages < STAGES { stages } else { STAGES }
+}
+
+/// The warp at place 0 of the item's turns gets the merged state of the first `others` warps, in the order of their
+/// first blocks, through one state's room in shared memory, lane by lane.
+#[inline(always)]
+#[track_caller]
+fn gather_states<const TILES: usize>(
+    at: u32,
+    own: u32,
+    others: u32,
+    mut state: State,
+    o: &mut Accumulator<TILES>,
+) -> State {
+    let at = at + 16 * (isa::opaque(isa::thread_x()) % 32);
+    if isa::agreed(others > 1) {
+        // All have used Q, whose room it is.
         isa::bar_sync();
     }
-    let mut at = item.kv_start;
-    loop {
-        let end = section_end(p, &item, at);
-        let mut state = State::EMPTY;
-        let mut o: Accumulator<TILES> = [[0.0; 4]; TILES];
-        while at < end {
-            let k = ring.take_k(at);
-            // Opaque: the loops' many shared addresses are computed where they are used.
-            let lane = isa::opaque(lane);
-            let mut part = [[0.0f32; 4]; 2];
-            for step in 0..CHUNKS / 2 {
-                // SAFETY: Q and K are visible since `take`.
-                unsafe {
-                    let a = q.a(lane, 0, 2 * step);
-                    let b = k.b_from_columns(lane, 16 * warp, 2 * step);
-                    T::mma(&mut part[0], a, b[0]);
-                    T::mma(&mut part[1], a, b[1]);
+    let mut from = 1;
+    while isa::agreed(from < others) {
+        if isa::agreed(own == from) {
+            // SAFETY: the plan's room, free since the last barrier; each lane has words of its own.
+            unsafe {
+                isa::st_shared_4(at, [state.m[0], state.m[1], state.l[0], state.l[1]].map(f32::to_bits));
+                for j in 0..TILES {
+                    isa::st_shared_4(at + 512 * (j as u32 + 1), o[j].map(f32::to_bits));
                 }
             }
-            for (j, x) in part.iter().enumerate() {
-                let to = s_at + 4 * (16 * warp + 8 * j as u32);
-                // SAFETY: the lane's own words of S; all readers of the last block's are past a barrier.
-                unsafe {
-                    isa::st_shared_2(to, [x[0].to_bits(), x[1].to_bits()]);
-                    isa::st_shared_2(to + 4 * 8 * S_STRIDE, [x[2].to_bits(), x[3].to_bits()]);
-                }
-            }
-            let v = ring.take_v(at);
-            let lane = isa::opaque(lane);
-            let mut s: Scores<8> = [[0.0; 4]; 8];
-            for (j, x) in s.iter_mut().enumerate() {
-                let from = s_at + 4 * 8 * j as u32;
-                // SAFETY: written before the barrier in `take`.
-                unsafe {
-                    [x[0], x[1]] = isa::ld_shared_2(from).map(f32::from_bits);
-                    [x[2], x[3]] = isa::ld_shared_2(from + 4 * 8 * S_STRIDE).map(f32::from_bits);
-                }
-            }
-            logits.apply(&mut s, &rows, at);
-            mask::hide::<true, 8>(&rows, at, &mut s);
-            let correction = state.step(&mut s, logits.factor);
-            rescale(&mut o, correction);
-            for step in 0..2 {
-                let a = [0, 1].map(|half| c_to_a::<T>(s[4 * step + 2 * half], s[4 * step + 2 * half + 1]));
-                for (j, o) in o.iter_mut().enumerate() {
-                    // SAFETY: V is visible since `take`.
-                    let b = unsafe { v.b_from_rows(lane, 32 * step as u32, channel / 8 + j as u32) };
-                    T::mma(o, a[0], b[0]);
-                    T::mma(o, a[1], b[1]);
-                }
-            }
-            at += KV_BLOCK as u32;
         }
-        output.end_section::<Io, TILES>(end, &rows, state.reduced(), &mut o);
-        if end == item.kv_end {
-            return;
+        isa::bar_sync();
+        if isa::agreed(own == 0) {
+            // SAFETY: written before the barrier.
+            let [m0, m1, l0, l1] = unsafe { isa::ld_shared_4(at) }.map(f32::from_bits);
+            let mut factors = [[0.0; 2]; 2];
+            for (r, (m, l)) in [(m0, l0), (m1, l1)].into_iter().enumerate() {
+                (state.m[r], state.l[r], factors[r]) = softmax::merge([state.m[r], m], [state.l[r], l]);
+            }
+            for j in 0..TILES {
+                // SAFETY: as above.
+                let x = unsafe { isa::ld_shared_4(at + 512 * (j as u32 + 1)) }.map(f32::from_bits);
+                for i in 0..4 {
+                    o[j][i] = isa::fma(o[j][i], factors[i / 2][0], x[i] * factors[i / 2][1]);
+                }
+            }
         }
+        isa::bar_sync();
+        from += 1;
+    }
+    state
+}
+
+/// Where the item is a part of its rows' KV: the CTA that has come last merges all parts.
+#[inline(always)]
+#[track_caller]
+fn merge_if_last<T: Half>(params: &DecodeParams, item: &WorkItem, seq: &Sequence, flag: u32) {
+    let p = &params.attention;
+    if isa::agreed(item.partial == NO_PARTIAL) {
+        return;
+    }
+    // SAFETY: the plan has the item's merge.
+    let merge: MergeItem =
+        unsafe { read_struct(params.merges + item.merge as u64 * size_of::<MergeItem>() as u64) };
+    if isa::thread_x() == 0 {
+        // SAFETY: a counter per merge; the flag's word is free since the barrier before the item.
+        unsafe {
+            let most = merge.num_items - 1;
+            let before = isa::atom_inc_global_acq_rel(params.arrivals + 4 * item.merge as u64, most);
+            isa::st_shared_1(flag, [(before == most) as u32]);
+        }
+    }
+    isa::bar_sync();
+    // SAFETY: written before the barrier.
+    if isa::agreed(unsafe { isa::ld_shared_1(flag) }[0] == 0) {
+        return;
+    }
+    let AttentionParams { out, lse, sink_logits, partials, group, v_head_dim, .. } = p;
+    let (sink_logits, partials, group, v_head_dim) = (*sink_logits, *partials, *group, *v_head_dim);
+    let merging = Merging { out, lse, sink_logits, partials, group, v_head_dim };
+    let mut row = merge.row_start + isa::thread_x() / 32;
+    while isa::agreed(row < merge.row_end) {
+        // SAFETY: all parts are written: their CTAs have come to the counter before; a row is one warp's.
+        unsafe { merging.row::<T>(&merge, seq, row) };
+        row += WARPS;
     }
 }

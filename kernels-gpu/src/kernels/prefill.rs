@@ -61,7 +61,7 @@ pub(super) unsafe fn body<
     let (item, seq) = load_item(p, isa::block_x());
     let (warp, lane) = (isa::thread_x() / 32, isa::thread_x() % 32);
     let q = SharedTile::<CHUNKS>::new(isa::shared_base());
-    copy_q::<Io, T, CHUNKS>(p, &seq, &item, q, q_rows(CHUNKS), 32 * WARPS);
+    copy_q::<Io, T, CHUNKS, true>(p, &seq, &item, q, q_rows(CHUNKS), 32 * WARPS);
     let ring_base = isa::shared_base() + SharedTile::<CHUNKS>::bytes(q_rows(CHUNKS));
     // SAFETY: the shared-memory plan gives the ring the rest; the host has checked the item's KV.
     let mut ring = unsafe { S::start(params, &seq, &item, ring_base) };
@@ -153,10 +153,10 @@ pub(super) unsafe fn body<
     }
 }
 
-/// Brings the item's query rows to shared memory, by copies of the first group or, where they are to be converted,
-/// at once; zeros for rows up to `tile_rows` and channels that are not there.
+/// Brings the item's query rows to shared memory: at once or, with `ASYNC` and where they are not to be converted, by
+/// copies of the group that is committed next; zeros for rows up to `tile_rows` and channels that are not there.
 #[inline(always)]
-pub(super) fn copy_q<Io: Half, T: Half, const CHUNKS: u32>(
+pub(super) fn copy_q<Io: Half, T: Half, const CHUNKS: u32, const ASYNC: bool>(
     p: &AttentionParams,
     seq: &Sequence,
     item: &WorkItem,
@@ -164,7 +164,8 @@ pub(super) fn copy_q<Io: Half, T: Half, const CHUNKS: u32>(
     tile_rows: u32,
     threads: u32,
 ) {
-    let mut index = isa::thread_x();
+    // Opaque, where the kernel comes here again: what follows from it is not computed ahead of its loops.
+    let mut index = if ASYNC { isa::thread_x() } else { isa::opaque(isa::thread_x()) };
     while index < tile_rows * CHUNKS {
         let (row, chunk) = (index / CHUNKS, index % CHUNKS);
         let packed = item.row_start + row;
@@ -176,11 +177,12 @@ pub(super) fn copy_q<Io: Half, T: Half, const CHUNKS: u32>(
         }
         // SAFETY: rows below the item's end are inside Q, as the host has checked; the tile is its own.
         unsafe {
-            if Io::IS_BF16 == T::IS_BF16 {
+            if ASYNC && Io::IS_BF16 == T::IS_BF16 {
                 isa::cp_async_16(q.at(row, chunk), from, if there { 16 } else { 0 });
             } else {
                 let words = if there { isa::ld_global_4(from) } else { [0; 4] };
-                isa::st_shared_4(q.at(row, chunk), words.map(convert::<Io, T>));
+                let words = if Io::IS_BF16 == T::IS_BF16 { words } else { words.map(convert::<Io, T>) };
+                isa::st_shared_4(q.at(row, chunk), words);
             }
         }
         index += threads;

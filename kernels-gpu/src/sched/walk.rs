@@ -126,6 +126,8 @@ mod tests {
                 partial: NO_PARTIAL,
                 scratch: NO_PARTIAL,
                 pages: 0,
+                merge: 0,
+                reserved: 0,
             };
             if item.kv_end > kv_len {
                 continue;

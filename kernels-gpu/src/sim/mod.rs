@@ -41,9 +41,9 @@ pub(crate) use bulk::{bulk_commit, bulk_load, bulk_store, bulk_wait, tma_load, t
 pub use cluster::{Kernel, Launch, launch};
 pub use global::Memory;
 pub(crate) use lane::{
-    atom_add_shared, atom_add_shared_u64, atom_global, atom_global_acq_rel, collective, cp_async, cp_async_commit, cp_async_wait,
-    fence_proxy, here, map_shared, read_global, read_global_u16, read_shared, warp_sync, write_global,
-    write_global_u16, write_shared,
+    atom_add_shared, atom_add_shared_u64, atom_global, atom_global_acq_rel, collective, cp_async,
+    cp_async_commit, cp_async_wait, fence_proxy, here, map_shared, read_global, read_global_u16, read_shared,
+    warp_sync, write_global, write_global_u16, write_shared,
 };
 pub use tensor_map::encode;
 pub(crate) use warp::{bf16_value, f16_value, ldmatrix_x4, mma_m16n8k16, stmatrix_x4};

@@ -1,8 +1,8 @@
 //! Attention on a GPU: where a plan lies in device memory, and its launches.
 
 use ferroflash_kernels::abi::{
-    AttentionInt4Params, AttentionParams, DECODE_ROWS, Divisor, MergeItem, MergePartialsParams, ROWS_PER_CTA,
-    Sequence, WorkItem,
+    AttentionInt4Params, AttentionParams, DECODE_ROWS, DecodeParams, Divisor, MergeItem, MergePartialsParams,
+    ROWS_PER_CTA, Sequence, WorkItem,
 };
 
 use super::append::{check_int4, int4_rows};
@@ -46,9 +46,10 @@ fn entry(family: &'static Family, dtype: DType, head_dim: usize) -> &'static str
     family[(dtype == DType::BF16) as usize][size]
 }
 
-/// Offsets of a plan's parts in its workspace; items of few rows come first.
+/// Offsets of a plan's parts in its workspace. Items of ranges come first, then others of few rows.
 pub(super) struct Workspace {
     pub(super) items: usize,
+    ranges: usize,
     merges: usize,
     pub(super) sequences: usize,
     pub(super) pages: usize,
@@ -56,8 +57,9 @@ pub(super) struct Workspace {
     tree_mask: usize,
     alibi_slopes: usize,
     sink_logits: usize,
-    /// A counter, 0 between launches.
+    /// Counters, 0 between launches.
     next_item: usize,
+    arrivals: usize,
     /// Everything before is uploaded.
     partials: usize,
     pub(super) bytes: usize,
@@ -70,6 +72,7 @@ impl Workspace {
         let floats = |x: &Option<Vec<f32>>| 4 * x.as_ref().map_or(0, Vec::len);
         let mut w = Workspace {
             items: place(size_of::<WorkItem>() * plan.items.len()),
+            ranges: place(4 * plan.ranges.len()),
             merges: place(size_of::<MergeItem>() * plan.merges.len()),
             sequences: place(size_of::<Sequence>() * plan.sequences.len()),
             pages: place(4 * plan.pages.len()),
@@ -78,6 +81,7 @@ impl Workspace {
             alibi_slopes: place(floats(&spec.alibi_slopes)),
             sink_logits: place(floats(&spec.sink_logits)),
             next_item: place(4),
+            arrivals: place(4 * plan.range_merges),
             partials: place(0),
             bytes: 0,
         };
@@ -89,10 +93,12 @@ impl Workspace {
     fn fill(&self, spec: &AttentionSpec, plan: &Plan) -> Vec<u8> {
         let mut data = vec![0u8; self.partials];
         let mut put = |at: usize, from: &[u8]| data[at..at + from.len()].copy_from_slice(from);
-        let (few, many): (Vec<&WorkItem>, Vec<&WorkItem>) = plan.items.iter().partition(|i| is_few(i));
-        for (i, item) in few.into_iter().chain(many).enumerate() {
+        let (ranged, others) = plan.items.split_at(range_items(plan));
+        let (few, many): (Vec<&WorkItem>, Vec<&WorkItem>) = others.iter().partition(|i| is_few(i));
+        for (i, item) in ranged.iter().chain(few).chain(many).enumerate() {
             put(self.items + i * size_of::<WorkItem>(), bytes(std::slice::from_ref(item)));
         }
+        put(self.ranges, bytemuck::cast_slice(&plan.ranges));
         put(self.merges, bytes(&plan.merges));
         put(self.sequences, bytes(&plan.sequences));
         put(self.pages, bytemuck::cast_slice(&plan.pages));
@@ -106,6 +112,11 @@ impl Workspace {
 
 fn is_few(item: &WorkItem) -> bool {
     item.row_end - item.row_start <= DECODE_ROWS as u32
+}
+
+/// Items that ranges are made of.
+fn range_items(plan: &Plan) -> usize {
+    plan.ranges.last().map_or(0, |&n| n as usize)
 }
 
 impl Gpu {
@@ -163,35 +174,45 @@ impl Gpu {
             v_head_dim: spec.v_head_dim as u32,
             section: plan.section as u32,
         };
-        let few = plan.items.iter().filter(|i| is_few(i)).count();
-        let many = plan.items.len() - few;
-        let parts = [(few, &DECODE, &DECODE_INT4, false), (many, &PREFILL, &PREFILL_INT4, plan.hopper)];
-        for (count, family, family_int4, hopper) in parts {
-            match &kv {
-                Kv::Int4(pages) => {
-                    let v_group = int4_v_group(spec.head_dim);
-                    let params = AttentionInt4Params {
-                        attention: params,
-                        pages: int4_rows(pages),
-                        v_group: Divisor::new(v_group as u32),
-                        v_groups: (spec.head_dim / v_group) as u32,
-                    };
-                    self.launch(entry(family_int4, dtype, spec.head_dim), [count, 1], words(&params))?;
+        let decode = DecodeParams {
+            attention: params,
+            ranges: at(workspace.ranges),
+            merges: at(workspace.merges),
+            arrivals: at(workspace.arrivals),
+        };
+        let ctas = plan.ranges.len().saturating_sub(1);
+        self.launch(entry(&DECODE, dtype, spec.head_dim), [ctas, 1], words(&decode))?;
+        let others = &plan.items[range_items(plan)..];
+        params.items += (range_items(plan) * size_of::<WorkItem>()) as u64;
+        match &kv {
+            Kv::Int4(pages) => {
+                let v_group = int4_v_group(spec.head_dim);
+                let mut params = AttentionInt4Params {
+                    attention: params,
+                    pages: int4_rows(pages),
+                    v_group: Divisor::new(v_group as u32),
+                    v_groups: (spec.head_dim / v_group) as u32,
+                };
+                let few = others.iter().filter(|i| is_few(i)).count();
+                for (count, family) in [(few, &DECODE_INT4), (others.len() - few, &PREFILL_INT4)] {
+                    self.launch(entry(family, dtype, spec.head_dim), [count, 1], words(&params))?;
+                    params.attention.items += (count * size_of::<WorkItem>()) as u64;
                 }
-                _ if hopper => {
-                    let next_item = at(workspace.next_item);
-                    self.launch_prefill_sm90(spec, plan, &params, (&q, &kv), next_item, count)?;
-                }
-                _ => self.launch(entry(family, dtype, spec.head_dim), [count, 1], words(&params))?,
             }
-            params.items += (count * size_of::<WorkItem>()) as u64;
+            _ if plan.hopper => {
+                let next_item = at(workspace.next_item);
+                self.launch_prefill_sm90(spec, plan, &params, (&q, &kv), next_item, others.len())?;
+            }
+            _ => self.launch(entry(&PREFILL, dtype, spec.head_dim), [others.len(), 1], words(&params))?,
         }
 
-        let most_rows = plan.merges.iter().map(|m| m.row_end - m.row_start).max().unwrap_or(0);
+        // Those of ranges are done.
+        let merges = &plan.merges[plan.range_merges..];
+        let most_rows = merges.iter().map(|m| m.row_end - m.row_start).max().unwrap_or(0);
         let merge = MergePartialsParams {
             out: params.out,
             lse,
-            items: at(workspace.merges),
+            items: at(workspace.merges) + (plan.range_merges * size_of::<MergeItem>()) as u64,
             sequences: params.sequences,
             sink_logits,
             partials: params.partials,
@@ -199,7 +220,7 @@ impl Gpu {
             v_head_dim: spec.v_head_dim as u32,
         };
         let name = if dtype == DType::BF16 { "merge_partials_bf16" } else { "merge_partials_f16" };
-        self.launch(name, [plan.merges.len(), (most_rows as usize).div_ceil(ROWS_PER_CTA)], words(&merge))
+        self.launch(name, [merges.len(), (most_rows as usize).div_ceil(ROWS_PER_CTA)], words(&merge))
     }
 
     /// A launch of no CTAs is none.

@@ -27,7 +27,7 @@ pub(crate) use driver::{DeviceMemory, Driver};
 #[cfg(feature = "sim")]
 pub(crate) use sim::SimDriver;
 
-use ferroflash_kernels::abi::{ConformanceParams, PrefillTile, TensorMapSpec, prefill_rows};
+use ferroflash_kernels::abi::{ConformanceParams, DECODE_ROWS, PrefillTile, TensorMapSpec, prefill_rows};
 
 use super::backend::*;
 use super::{DeviceId, Storage};
@@ -66,10 +66,14 @@ impl Backend for Gpu {
 
     fn schedule(&self, spec: &AttentionSpec, batch: &Batch<'_>, splits: Splits) -> Schedule {
         let processors = self.driver.processors();
+        // int4 KV has decode kernels whose CTAs take an item each.
+        let ranges = if batch.tail_slots.is_empty() { CTAS_PER_PROCESSOR * processors } else { 0 };
         if let Some((hopper, rows)) = self.driver.hopper().zip(self.prefill_sm90_rows(spec, batch, splits)) {
             return Schedule {
                 row_tile: rows,
                 workers: processors,
+                ranges,
+                range_rows: DECODE_ROWS,
                 scratch: false,
                 hopper: true,
                 cache_bytes: hopper.l2_bytes,
@@ -78,6 +82,8 @@ impl Backend for Gpu {
         Schedule {
             row_tile: prefill_rows(spec.head_dim),
             workers: CTAS_PER_PROCESSOR * processors,
+            ranges,
+            range_rows: DECODE_ROWS,
             scratch: true,
             ..Schedule::default()
         }

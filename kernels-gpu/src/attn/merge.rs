@@ -1,0 +1,88 @@
+//! Partial states of a row, in the order of their KV, to a finished row.
+
+use crate::abi::{Divisor, MergeItem, Sequence, TokenRows, partial_stride};
+use crate::attn::output::sink_logit;
+use crate::attn::rows::token_head;
+use crate::attn::softmax;
+use crate::isa;
+use crate::tile::Half;
+
+/// States whose loads are under way together.
+const AHEAD: u32 = 4;
+
+/// Where partial states are, and finished rows go.
+pub(crate) struct Merging<'a> {
+    pub(crate) out: &'a TokenRows,
+    pub(crate) lse: &'a TokenRows,
+    pub(crate) sink_logits: u64,
+    pub(crate) partials: u64,
+    pub(crate) group: Divisor,
+    pub(crate) v_head_dim: u32,
+}
+
+impl Merging<'_> {
+    /// Merges packed row `row` of the item, by a warp.
+    ///
+    /// # Safety
+    /// The states are written and visible, the row is in the item and this warp's alone.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) unsafe fn row<T: Half>(&self, item: &MergeItem, seq: &Sequence, row: u32) {
+        // Opaque: what follows from it is not computed ahead of the kernel's loops.
+        let lane = isa::opaque(isa::thread_x()) % 32;
+        let stride = 4 * partial_stride(self.v_head_dim as usize) as u64;
+        let first = self.partials + (item.partial as u64 + (row - item.row_start) as u64) * stride;
+        let step = (item.row_end - item.row_start) as u64 * stride;
+        // Lane `i` holds channels `64 c + 2 i` and `+ 1`.
+        let channel = |c: usize| 64 * c as u32 + 2 * lane;
+        let mut o = [[0.0f32; 2]; 4];
+        let (mut m, mut l) = (f32::NEG_INFINITY, 0.0);
+        let mut split = 0;
+        while split < item.num_splits {
+            let (mut states, mut x) = ([[0.0f32; 2]; AHEAD as usize], [[[0.0f32; 2]; 4]; AHEAD as usize]);
+            for i in 0..AHEAD {
+                if split + i < item.num_splits {
+                    let at = first + (split + i) as u64 * step;
+                    // SAFETY: the plan's states; rows end with room for maximum and sum.
+                    states[i as usize] = unsafe { isa::ld_global_2(at + stride - 64) }.map(f32::from_bits);
+                    for c in 0..4 {
+                        if channel(c) < self.v_head_dim {
+                            // SAFETY: as above.
+                            x[i as usize][c] =
+                                unsafe { isa::ld_global_2(at + 4 * channel(c) as u64) }.map(f32::from_bits);
+                        }
+                    }
+                }
+            }
+            for i in 0..AHEAD {
+                if split + i < item.num_splits {
+                    let [split_m, split_l] = states[i as usize];
+                    let (new, sum, factors) = softmax::merge([m, split_m], [l, split_l]);
+                    (m, l) = (new, sum);
+                    for c in 0..4 {
+                        for j in 0..2 {
+                            o[c][j] = isa::fma(o[c][j], factors[0], x[i as usize][c][j] * factors[1]);
+                        }
+                    }
+                }
+            }
+            split += AHEAD;
+        }
+        let (token, head) = token_head(self.group, item.kv_head, row);
+        let token = seq.q_start + token as u64;
+        let (factor, lse) = softmax::finish(m, l, sink_logit(self.sink_logits, head));
+        for c in 0..4 {
+            if channel(c) < self.v_head_dim {
+                let x = o[c].map(|x| if factor == 0.0 { 0.0 } else { x * factor });
+                // SAFETY: each merge item has rows of its own, checked by the host to be inside `out`.
+                unsafe {
+                    isa::st_global_1(self.out.at(token, head) + 2 * channel(c) as u64, [T::pack(x[0], x[1])])
+                };
+            }
+        }
+        if self.lse.base != 0 && lane == 0 {
+            // SAFETY: as above.
+            unsafe { isa::st_global_1(self.lse.at(token, head), [lse.to_bits()]) };
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! K and V of one warp's blocks on their way through shared memory, without a break from item to item.
+
+use crate::abi::{AttentionParams, KV_BLOCK};
+use crate::attn::kv::PageList;
+use crate::attn::rows::load_item;
+use crate::isa;
+use crate::sched::ring::wait_for_next;
+use crate::sched::units::Units;
+use crate::tile::SharedTile;
+
+/// Tokens of a stage.
+pub(crate) const STAGE: u32 = 16;
+
+const BLOCK: u32 = KV_BLOCK as u32;
+
+/// Tokens of a block for each lane: it finds `lane` and `lane + 32`.
+const PER_LANE: usize = KV_BLOCK / 32;
+
+/// A ring of `SLOTS` stages, each 16 tokens of K or V: of every block all of K, then all of V. It is one warp's: there is
+/// no barrier but the warp's own. While one stage is used up to `SLOTS - 1` are on their way, of the next items too; the
+/// pages of a block are looked up, once for K and V, while the block before it sets out.
+///
+/// What is needed once a block stands in shared memory: registers are what limits the kernel.
+pub(crate) struct WarpRing<'a, const CHUNKS: u32, const SLOTS: u32> {
+    p: &'a AttentionParams,
+    /// Slots; then the rows' addresses, of K and V, for each token of the block that copies set out for; then [`Walk`].
+    base: u32,
+    /// Slot of the next copy; when that has set out, of the stage that is used next.
+    put: u32,
+    /// Tokens of the block that copies set out for, and its stages of K and V that are left.
+    tokens: u32,
+    left: u32,
+    /// Tokens of the next block, or [`NONE`], and page and offset of the lane's, which are being looked up.
+    next: u32,
+    found: [(u32, u32); PER_LANE],
+}
+
+/// No block.
+const NONE: u32 = u32::MAX;
+
+/// Stages of K, and of V, of a block with so many tokens; one of zeros where there are none.
+#[inline(always)]
+fn stages(tokens: u32) -> u32 {
+    if tokens > 0 { tokens.div_ceil(STAGE) } else { 1 }
+}
+
+/// Which block is the next one, and which comes after it.
+struct Walk {
+    /// Next item, and one past the last.
+    index: u32,
+    last: u32,
+    /// Units of the items before the next, and the warp's in the one under way.
+    turn: u32,
+    units: Units,
+    at: u32,
+    unit_end: u32,
+    /// The item's.
+    kv_end: u32,
+    /// Addresses of the head's token 0 of page 0, and of the page list.
+    k: u64,
+    v: u64,
+    pages: u64,
+}
+
+impl Walk {
+    /// Shared bytes.
+    const BYTES: u32 = 80;
+
+    #[inline(always)]
+    #[track_caller]
+    fn load(at: u32) -> Self {
+        // SAFETY: written by `store` before a barrier of the warp.
+        unsafe {
+            let [index, last, turn, next] = isa::ld_shared_4(at);
+            let [size, first, start, end] = isa::ld_shared_4(at + 16);
+            let [token, unit_end, kv_end, _] = isa::ld_shared_4(at + 32);
+            let [k, v, pages] = [48, 56, 64].map(|offset| join(isa::ld_shared_2(at + offset)));
+            let units = Units { size, first, start, end, next };
+            Walk { index, last, turn, units, at: token, unit_end, kv_end, k, v, pages }
+        }
+    }
+
+    /// By one lane, while no other loads it.
+    #[inline(always)]
+    #[track_caller]
+    fn store(&self, at: u32) {
+        let Units { size, first, start, end, next } = self.units;
+        // SAFETY: the ring's room for it.
+        unsafe {
+            isa::st_shared_4(at, [self.index, self.last, self.turn, next]);
+            isa::st_shared_4(at + 16, [size, first, start, end]);
+            isa::st_shared_4(at + 32, [self.at, self.unit_end, self.kv_end, 0]);
+            for (offset, x) in [(48, self.k), (56, self.v), (64, self.pages)] {
+                isa::st_shared_2(at + offset, split(x));
+            }
+        }
+    }
+
+    /// First token of the block after the next one, which becomes the next; `None` after the last.
+    #[inline(always)]
+    #[track_caller]
+    fn step(&mut self, p: &AttentionParams) -> Option<u32> {
+        while isa::agreed(self.at >= self.unit_end) {
+            let unit = self.units.next();
+            if isa::agreed(unit.at < unit.end) {
+                (self.at, self.unit_end) = (unit.at, unit.end);
+            } else if isa::agreed(self.index == self.last) {
+                return None;
+            } else {
+                let (item, seq) = load_item(p, self.index);
+                self.index += 1;
+                self.units = Units::new(p, &item, self.turn, isa::thread_x() / 32);
+                self.turn += self.units.count();
+                self.kv_end = item.kv_end;
+                (self.k, self.v) = (p.k.head_base(&seq, &item), p.v.head_base(&seq, &item));
+                self.pages = p.pages + 4 * item.pages;
+            }
+        }
+        let at = self.at;
+        self.at += BLOCK;
+        Some(at)
+    }
+}
+
+fn join([low, high]: [u32; 2]) -> u64 {
+    low as u64 | (high as u64) << 32
+}
+
+fn split(x: u64) -> [u32; 2] {
+    [x as u32, (x >> 32) as u32]
+}
+
+impl<'a, const CHUNKS: u32, const SLOTS: u32> WarpRing<'a, CHUNKS, SLOTS> {
+    const ROWS: u32 = SLOTS * SharedTile::<CHUNKS>::bytes(STAGE);
+    const WALK: u32 = Self::ROWS + 16 * BLOCK;
+
+    /// Shared bytes.
+    pub(crate) const BYTES: u32 = (Self::WALK + Walk::BYTES).next_multiple_of(128);
+
+    /// Sets out with the first stages of the warp's blocks in items `first..last`.
+    ///
+    /// # Safety
+    /// `base` is [`WarpRing::BYTES`] of shared memory that nothing else uses; the items' KV is readable.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) unsafe fn start(p: &'a AttentionParams, first: u32, last: u32, base: u32) -> Self {
+        let walk = Walk {
+            index: first,
+            last,
+            turn: 0,
+            units: Units::NONE,
+            at: 0,
+            unit_end: 0,
+            kv_end: 0,
+            k: 0,
+            v: 0,
+            pages: 0,
+        };
+        if isa::thread_x().is_multiple_of(32) {
+            walk.store(base + Self::WALK);
+        }
+        isa::bar_sync();
+        let mut ring =
+            WarpRing { p, base, put: 0, tokens: 0, left: 0, next: NONE, found: [(0, 0); PER_LANE] };
+        ring.advance();
+        ring.advance();
+        for _ in 0..SLOTS - 1 {
+            ring.put();
+        }
+        ring
+    }
+
+    /// A barrier of the warp.
+    #[inline(always)]
+    #[track_caller]
+    fn sync(&self) {
+        isa::warp_sync();
+    }
+
+    #[inline(always)]
+    fn slot(&self, slot: u32) -> SharedTile<CHUNKS> {
+        SharedTile::new(self.base + slot * SharedTile::<CHUNKS>::bytes(STAGE))
+    }
+
+    /// The next block becomes the one that copies set out for, and the pages of the one after it are looked up.
+    #[inline(always)]
+    #[track_caller]
+    fn advance(&mut self) {
+        let p = self.p;
+        let (rows, walk_at) = (self.base + Self::ROWS, self.base + Self::WALK);
+        // Opaque: what follows from it is not computed ahead of the kernel's loops.
+        let lane = isa::opaque(isa::thread_x()) % 32;
+        let mut walk = Walk::load(walk_at);
+        // All have loaded it, and read the rows of the last block.
+        self.sync();
+        for i in 0..PER_LANE {
+            let ((page, offset), row) = (self.found[i], lane + 32 * i as u32);
+            let [k0, k1] = split(walk.k + page as u64 * p.k.page + offset as u64 * p.k.token);
+            let [v0, v1] = split(walk.v + page as u64 * p.v.page + offset as u64 * p.v.token);
+            // SAFETY: the ring's room for it, each token's by one lane.
+            unsafe { isa::st_shared_4(rows + 16 * row, [k0, k1, v0, v1]) };
+        }
+        (self.tokens, self.left) = (self.next, if self.next == NONE { 0 } else { 2 * stages(self.next) });
+        self.next = NONE;
+        if let Some(at) = walk.step(p) {
+            let left = walk.kv_end.saturating_sub(at);
+            self.next = if left < BLOCK { left } else { BLOCK };
+            let pages = PageList::from_entry(walk.pages, p.page_size, 0);
+            for i in 0..PER_LANE {
+                let token = lane + 32 * i as u32;
+                if token < left {
+                    // SAFETY: the token is below the item's end.
+                    self.found[i] = unsafe { pages.locate(at + token) };
+                }
+            }
+        }
+        if lane == 0 {
+            walk.store(walk_at);
+        }
+        self.sync();
+    }
+
+    /// Sets out with the next stage; with an empty group where there is none, so that groups count stages.
+    #[inline(always)]
+    #[track_caller]
+    fn put(&mut self) {
+        if isa::agreed(self.left > 0) {
+            self.copy();
+            self.left -= 1;
+            if isa::agreed(self.left == 0) {
+                self.advance();
+            }
+        }
+        isa::cp_async_commit();
+        self.put = if self.put + 1 == SLOTS { 0 } else { self.put + 1 };
+    }
+
+    /// The block's next stage: zeros for tokens and channels that are not there, so that unused slots are never read.
+    #[inline(always)]
+    #[track_caller]
+    fn copy(&self) {
+        let stages = stages(self.tokens);
+        let is_v = self.left <= stages;
+        let first = STAGE * if is_v { stages - self.left } else { 2 * stages - self.left };
+        let head_dim = if is_v { self.p.v_head_dim } else { self.p.head_dim };
+        let rows = self.base + Self::ROWS + 16 * first + 8 * is_v as u32;
+        let tile = self.slot(self.put);
+        let mut first_index = 0;
+        // Kept a loop: unrolled, its addresses would push accumulators out of the registers.
+        while first_index < isa::opaque(STAGE * CHUNKS) {
+            let index = first_index + isa::thread_x() % 32;
+            let (row, chunk) = (index / CHUNKS, index % CHUNKS);
+            let there = first + row < self.tokens && chunk * 8 < head_dim;
+            // SAFETY: the rows are written; the slot was used before the warp's last barrier; rows below the end are
+            // promised at `start`.
+            unsafe {
+                let from = join(isa::ld_shared_2(rows + 16 * row)) + chunk as u64 * 16;
+                isa::cp_async_16(tile.at(row, chunk), from, if there { 16 } else { 0 });
+            }
+            first_index += 32;
+        }
+    }
+
+    /// The next stage: visible to the warp, and the one before is given up by all of it.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn take(&mut self) -> SharedTile<CHUNKS> {
+        wait_for_next::<SLOTS>();
+        self.sync();
+        self.put();
+        self.slot(self.put)
+    }
+}
