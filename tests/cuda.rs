@@ -4,10 +4,10 @@
 
 mod common;
 
-use common::cases::{Case, Place, Problem, Tables};
+use common::cases::{Case, Outcome, Place, Problem, Tables};
 use common::{Elements, cuda};
 use ferroflash::op::attention::AttentionPlan;
-use ferroflash::{AttentionSpec, Batch, DType, Device, Error, Splits, Tensor, View};
+use ferroflash::{AttentionSpec, Batch, DType, Device, Error, NaturalLog, PlanLimits, Splits, Tensor, View};
 
 #[test]
 fn a_machine_without_a_gpu_says_so() {
@@ -60,6 +60,44 @@ fn a_captured_run_replays_with_new_queries() {
         unsafe { graph_again.replay() }.unwrap();
     }
     assert_eq!(Elements::of_tensor(&out).to_f32(), expected);
+}
+
+/// One graph, replayed after each update of the plan that it was recorded of.
+#[test]
+fn a_captured_run_replays_with_other_lengths() {
+    let Some(device) = cuda() else { return };
+    let limits = PlanLimits { sequences: 8, q_tokens: 8, page_size: 16, pages: 400, tree_words: 0 };
+    let base = Case { splits: Splits::Auto, ..problem().case };
+    let (spec, shape) = (base.spec.clone(), [8, 8, 128]);
+    let mut plan = AttentionPlan::with_limits(&device, &spec, limits, Splits::Auto).unwrap();
+    let lengths =
+        [vec![(1, 3000), (1, 17), (1, 900)], vec![(2, 40)], vec![(1, 2999), (1, 20), (1, 5), (3, 800)]];
+    for lengths in lengths {
+        let problem = Problem::new(Case { lengths, ..base.clone() });
+        let tables = Tables::new(&problem, &device);
+        let mut q = problem.q.clone();
+        q.resize(shape.iter().product(), 0.0);
+        let q = Elements::new(DType::F16, &q).tensor(&device, &shape);
+        let mut out = Tensor::zeros(&device, DType::F16, &shape).unwrap();
+        let mut lse = Tensor::zeros(&device, DType::F32, &shape[..2]).unwrap();
+        // Recorded while the plan has no batch.
+        plan.update(&Batch::new(
+            &[0],
+            Tables::new(&Problem::new(Case { lengths: vec![], ..base.clone() }), &device).kv_table(),
+        ))
+        .unwrap();
+        plan.run(q.view(), tables.kv(), out.view_mut(), Some(NaturalLog(lse.view_mut()))).unwrap();
+        let graph = device
+            .capture(|| plan.run(q.view(), tables.kv(), out.view_mut(), Some(NaturalLog(lse.view_mut()))))
+            .unwrap();
+        plan.update(&Batch::new(&problem.qo_indptr, tables.kv_table())).unwrap();
+        // SAFETY: the plan and all tensors are alive.
+        unsafe { graph.replay() }.unwrap();
+        let (mut out, mut lse) = (Elements::of_tensor(&out).to_f32(), lse.to_vec::<f32>().unwrap());
+        out.truncate(problem.q.len());
+        lse.truncate(problem.q.len() / 128);
+        problem.check(&device, &Outcome { out, lse }).unwrap();
+    }
 }
 
 #[test]

@@ -161,6 +161,8 @@ pub(crate) trait Backend: Send + Sync {
 
     /// Device memory for a plan: its partial states, and whatever else its runs need there.
     fn plan_attention(&self, spec: &AttentionSpec, plan: &Plan) -> Result<Storage>;
+    /// Another plan with the same limits takes the place of the one that the memory is of.
+    fn update_attention(&self, spec: &AttentionSpec, plan: &Plan, workspace: &mut Storage) -> Result<()>;
     fn attention(&self, call: AttentionCall<'_>) -> Result<()>;
     fn merge(&self, call: MergeCall<'_>) -> Result<()>;
     /// Device memory for an append plan.

@@ -4,7 +4,7 @@ use super::Door;
 use crate::device::{AttentionCall, Device, Storage};
 use crate::error::{Error, Result};
 use crate::kv_cache::Kv;
-use crate::plan::{Batch, Plan, Splits};
+use crate::plan::{Batch, KvTable, Plan, PlanLimits, Splits};
 use crate::spec::AttentionSpec;
 use crate::tensor::{NaturalLog, View, ViewMut};
 
@@ -18,6 +18,7 @@ pub struct AttentionPlan {
     spec: AttentionSpec,
     plan: Plan,
     workspace: Storage,
+    limits: Option<(PlanLimits, Splits)>,
 }
 
 impl AttentionPlan {
@@ -48,7 +49,59 @@ impl AttentionPlan {
         plan: Plan,
     ) -> Result<Self> {
         let workspace = device.backend().plan_attention(spec, &plan)?;
-        Ok(AttentionPlan { op, device: device.clone(), spec: spec.clone(), plan, workspace })
+        Ok(AttentionPlan { op, device: device.clone(), spec: spec.clone(), plan, workspace, limits: None })
+    }
+
+    /// A plan for decode batches up to `limits`, of none at first: [`AttentionPlan::update`] gives it another batch. On a
+    /// GPU it keeps its memory, of [`AttentionPlan::workspace_bytes`], and a run is the same launch whatever the batch: one
+    /// that was captured in a graph may be replayed after an update. Tensors of a run have `limits.q_tokens` rows, of which
+    /// those past the batch's are left alone.
+    ///
+    /// # Errors
+    /// [`Error::Value`] where `spec` or `splits` is out of its domain.
+    pub fn with_limits(
+        device: &Device,
+        spec: &AttentionSpec,
+        limits: PlanLimits,
+        splits: Splits,
+    ) -> Result<Self> {
+        const OP: &str = "attention";
+        let table =
+            KvTable::Block { page_size: limits.page_size, block_table: &[], max_blocks: 0, seq_lens: &[] };
+        let plan = Self::limited(OP, device, spec, &Batch::new(&[0], table), (limits, splits))?;
+        let made = Self::from_plan(OP, device, spec, plan)?;
+        Ok(AttentionPlan { limits: Some((limits, splits)), ..made })
+    }
+
+    /// Plans another batch, in place. The work of runs before is not disturbed: on a GPU this follows them in the device's
+    /// stream.
+    ///
+    /// # Errors
+    /// [`Error::Value`] where the plan has no limits, the batch is beyond them or is no decode batch (more than 16 rows, the
+    /// query group times the tokens, of a sequence; page lists; int4 tails); and as [`AttentionPlan::new`]. The plan is then
+    /// as it was.
+    pub fn update(&mut self, batch: &Batch<'_>) -> Result<()> {
+        let Some(limits) = self.limits else {
+            let expected = "a plan made by AttentionPlan::with_limits";
+            return Err(Error::value(self.op, "update", expected, "a plan without limits"));
+        };
+        let plan = Self::limited(self.op, &self.device, &self.spec, batch, limits)?;
+        self.device.backend().update_attention(&self.spec, &plan, &mut self.workspace)?;
+        self.plan = plan;
+        Ok(())
+    }
+
+    fn limited(
+        op: &'static str,
+        device: &Device,
+        spec: &AttentionSpec,
+        batch: &Batch<'_>,
+        (limits, splits): (PlanLimits, Splits),
+    ) -> Result<Plan> {
+        let schedule = device.backend().schedule(spec, batch, splits);
+        let mut plan = Plan::new(op, spec, batch, splits, schedule)?;
+        plan.reserve(op, spec, &limits, splits, schedule)?;
+        Ok(plan)
     }
 
     /// The work items, for looking at.

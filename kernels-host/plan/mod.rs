@@ -3,11 +3,14 @@
 use ferroflash_kernels::abi::{KV_BLOCK, MergeItem, NO_PARTIAL, Sequence, WorkItem};
 
 mod batch;
+mod limits;
 mod lists;
 mod ranges;
 mod schedule;
 
 pub use batch::{Batch, KvTable, PageLists, Splits, TreeMask};
+pub use limits::PlanLimits;
+pub(crate) use limits::PlanSizes;
 pub(crate) use schedule::Schedule;
 
 use crate::error::{Error, Result};
@@ -37,6 +40,9 @@ pub struct Plan {
     pub(crate) partial_rows: usize,
     /// As [`Schedule::hopper`].
     pub(crate) hopper: bool,
+    /// The room that is kept, in a plan with limits.
+    pub(crate) reserved: Option<PlanSizes>,
+    /// Rows of queries and outputs.
     pub(crate) total_q: usize,
     /// Rows that ragged KV must have.
     pub(crate) total_kv: usize,
@@ -89,6 +95,7 @@ impl Plan {
             section: 0,
             partial_rows: 0,
             hopper: false,
+            reserved: None,
             total_q: 0,
             total_kv: 0,
             num_pages: 0,

@@ -99,3 +99,121 @@ impl Plan {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::plan::{Batch, KvTable, PlanLimits, Schedule};
+    use crate::spec::AttentionSpec;
+
+    fn plan(spec: &AttentionSpec, lengths: &[(u32, u32)], splits: Splits, ranges: usize) -> Plan {
+        let sums = |f: fn(&(u32, u32)) -> u32| {
+            std::iter::once(0)
+                .chain(lengths.iter().scan(0, |sum, l| {
+                    *sum += f(l);
+                    Some(*sum)
+                }))
+                .collect::<Vec<u32>>()
+        };
+        let (qo_indptr, kv_indptr) = (sums(|l| l.0), sums(|l| l.1));
+        let batch = Batch::new(&qo_indptr, KvTable::Ragged { kv_indptr: &kv_indptr });
+        let schedule = Schedule { row_tile: 128, workers: 4, ranges, range_rows: 16, ..Schedule::default() };
+        Plan::new("test", spec, &batch, splits, schedule).unwrap()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
+
+        #[test]
+        fn every_block_once_and_evenly(
+            lengths in proptest::collection::vec((1u32..5, prop_oneof![0u32..3, 1u32..400, 1u32..9000]), 0..24),
+            kv_heads in 1usize..5, group in prop_oneof![Just(1usize), Just(3)], workers in 1usize..70,
+            splits in prop_oneof![Just(Splits::Auto), Just(Splits::None), Just(Splits::Fixed(64)), Just(Splits::Fixed(320))],
+            window in prop_oneof![Just(None), Just(Some(100u32))],
+        ) {
+            let mut spec = AttentionSpec::new(kv_heads * group, kv_heads, 64).causal();
+            spec.window = window;
+            let plan = plan(&spec, &lengths, splits, workers);
+            let whole = plan_of_tiles(&spec, &lengths);
+            let count = plan.ranges.len() - 1;
+            prop_assert!(count <= workers);
+            prop_assert_eq!(plan.ranges[0], 0);
+            prop_assert_eq!(plan.ranges[count] as usize, plan.items.len());
+            prop_assert!(plan.ranges.windows(2).all(|r| r[0] <= r[1]));
+            prop_assert_eq!(plan.range_merges, plan.merges.len());
+
+            // In order, the pieces of each tile are all of it.
+            let mut pieces: BTreeMap<(u32, u32, u32), Vec<WorkItem>> = BTreeMap::new();
+            plan.items.iter().for_each(|i| pieces.entry((i.seq, i.kv_head, i.row_start)).or_default().push(*i));
+            prop_assert_eq!(pieces.len(), whole.len());
+            let (mut cuts, mut rows_in_parts) = (0, 0);
+            let mut taken = vec![false; plan.partial_rows];
+            let section = plan.section as u32;
+            for tile in &whole {
+                let own = &pieces[&(tile.seq, tile.kv_head, tile.row_start)];
+                prop_assert_eq!((own[0].kv_start, own[own.len() - 1].kv_end), (tile.kv_start, tile.kv_end));
+                prop_assert!(own.windows(2).all(|w| w[0].kv_end == w[1].kv_start && w[0].kv_start < w[0].kv_end));
+                cuts += own.len() - 1;
+                prop_assert!(own[1..].iter().all(|i| i.kv_start % section.max(64) == 0));
+                let rows = tile.row_end - tile.row_start;
+                let states = match section {
+                    0 => own.len() as u32,
+                    s => (tile.kv_end.div_ceil(s)).saturating_sub(tile.kv_start / s).max(1),
+                };
+                if states == 1 {
+                    prop_assert!(own.len() == 1 && own[0].partial == ferroflash_kernels::abi::NO_PARTIAL);
+                    continue;
+                }
+                rows_in_parts += (states * rows) as usize;
+                let merge = plan.merges[own[0].merge as usize];
+                prop_assert_eq!((merge.seq, merge.kv_head, merge.row_start, merge.row_end), (tile.seq, tile.kv_head, tile.row_start, tile.row_end));
+                prop_assert_eq!((merge.num_splits, merge.num_items as usize), (states, own.len()));
+                for (i, item) in own.iter().enumerate() {
+                    prop_assert_eq!(item.merge, own[0].merge);
+                    let before = match section {
+                        0 => i as u32,
+                        s => item.kv_start / s - tile.kv_start / s,
+                    };
+                    prop_assert_eq!(item.partial, merge.partial + before * rows);
+                }
+                for row in merge.partial..merge.partial + states * rows {
+                    prop_assert!(!std::mem::replace(&mut taken[row as usize], true));
+                }
+            }
+            prop_assert!(cuts < workers);
+            prop_assert_eq!(rows_in_parts, plan.partial_rows);
+            // Within the room that limits give.
+            let limits = PlanLimits {
+                sequences: lengths.len(),
+                q_tokens: plan.total_q,
+                page_size: 1,
+                pages: plan.total_kv,
+                tree_words: 0,
+            };
+            let schedule = Schedule { ranges: workers, ..Schedule::default() };
+            let (room, needed) = (limits.sizes(&spec, splits, schedule), plan.sizes());
+            prop_assert!(needed.items <= room.items && needed.ranges <= room.ranges);
+            prop_assert!(needed.merges <= room.merges && needed.range_merges <= room.range_merges);
+            prop_assert!(needed.partial_rows <= room.partial_rows, "{:?} {:?}", needed, room);
+
+            let work: Vec<u32> = (0..count)
+                .map(|r| plan.items[plan.ranges[r] as usize..plan.ranges[r + 1] as usize].iter().map(blocks).sum())
+                .collect();
+            match splits {
+                Splits::Auto if count > 0 => {
+                    prop_assert!(work.iter().max().unwrap() - work.iter().min().unwrap() <= 1, "{:?}", work);
+                }
+                Splits::None => prop_assert_eq!(cuts, 0),
+                _ => {}
+            }
+        }
+    }
+
+    fn plan_of_tiles(spec: &AttentionSpec, lengths: &[(u32, u32)]) -> Vec<WorkItem> {
+        plan(spec, lengths, Splits::None, 1).items
+    }
+}

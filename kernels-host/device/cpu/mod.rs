@@ -166,6 +166,11 @@ impl Backend for Cpu {
         Ok(storage)
     }
 
+    fn update_attention(&self, spec: &AttentionSpec, plan: &Plan, workspace: &mut Storage) -> Result<()> {
+        *workspace = self.plan_attention(spec, plan)?;
+        Ok(())
+    }
+
     fn attention(&self, call: AttentionCall<'_>) -> Result<()> {
         attend::attention(self, call);
         Ok(())

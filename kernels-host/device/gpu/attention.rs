@@ -70,23 +70,23 @@ impl Workspace {
         let mut offsets = Offsets::default();
         let mut place = |bytes| offsets.place(bytes);
         let floats = |x: &Option<Vec<f32>>| 4 * x.as_ref().map_or(0, Vec::len);
+        let n = plan.sizes();
         let mut w = Workspace {
-            items: place(size_of::<WorkItem>() * plan.items.len()),
-            ranges: place(4 * plan.ranges.len()),
-            merges: place(size_of::<MergeItem>() * plan.merges.len()),
-            sequences: place(size_of::<Sequence>() * plan.sequences.len()),
-            pages: place(4 * plan.pages.len()),
-            logical_pages: place(4 * plan.logical_pages.len()),
-            tree_mask: place(4 * plan.tree_mask.len()),
+            items: place(size_of::<WorkItem>() * n.items),
+            ranges: place(4 * n.ranges),
+            merges: place(size_of::<MergeItem>() * n.merges),
+            sequences: place(size_of::<Sequence>() * n.sequences),
+            pages: place(4 * n.pages),
+            logical_pages: place(4 * n.logical_pages),
+            tree_mask: place(4 * n.tree_mask),
             alibi_slopes: place(floats(&spec.alibi_slopes)),
             sink_logits: place(floats(&spec.sink_logits)),
             next_item: place(4),
-            arrivals: place(4 * plan.range_merges),
+            arrivals: place(4 * n.range_merges),
             partials: place(0),
             bytes: 0,
         };
-        w.bytes =
-            w.partials + 4 * plan.partial_rows * ferroflash_kernels::abi::partial_stride(spec.v_head_dim);
+        w.bytes = w.partials + 4 * n.partial_rows * ferroflash_kernels::abi::partial_stride(spec.v_head_dim);
         w
     }
 
@@ -125,6 +125,15 @@ impl Gpu {
         let memory = self.memory(workspace.bytes)?;
         self.driver.upload(&workspace.fill(spec, plan), memory.at())?;
         Ok(Storage::Device(memory))
+    }
+
+    pub(super) fn update_workspace(
+        &self,
+        spec: &AttentionSpec,
+        plan: &Plan,
+        storage: &Storage,
+    ) -> Result<()> {
+        self.driver.upload(&Workspace::new(spec, plan).fill(spec, plan), storage.address())
     }
 
     pub(super) fn run_attention(&self, call: AttentionCall<'_>) -> Result<()> {

@@ -113,6 +113,10 @@ impl Backend for Gpu {
         self.plan_workspace(spec, plan)
     }
 
+    fn update_attention(&self, spec: &AttentionSpec, plan: &Plan, workspace: &mut Storage) -> Result<()> {
+        self.update_workspace(spec, plan, workspace)
+    }
+
     fn attention(&self, call: AttentionCall<'_>) -> Result<()> {
         self.run_attention(call)
     }

@@ -1,0 +1,118 @@
+//! Plans that are made anew in place: room for the largest batch, so that addresses and launches stay the same.
+
+use ferroflash_kernels::abi::DECODE_ROWS;
+
+use super::{Plan, Schedule, Splits};
+use crate::error::{Error, Result};
+use crate::spec::AttentionSpec;
+
+/// The largest decode batch that a plan has room for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlanLimits {
+    /// Sequences.
+    pub sequences: usize,
+    /// Query tokens of all sequences: rows of the tensors of a run, whatever the batch.
+    pub q_tokens: usize,
+    /// Tokens per page, of every batch.
+    pub page_size: usize,
+    /// Entries of all sequences' page tables.
+    pub pages: usize,
+    /// Words of all tree masks; 0 without trees.
+    pub tree_words: usize,
+}
+
+/// Lengths of a plan's parts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct PlanSizes {
+    pub(crate) items: usize,
+    pub(crate) ranges: usize,
+    pub(crate) merges: usize,
+    pub(crate) range_merges: usize,
+    pub(crate) sequences: usize,
+    pub(crate) pages: usize,
+    pub(crate) logical_pages: usize,
+    pub(crate) tree_mask: usize,
+    pub(crate) partial_rows: usize,
+}
+
+impl PlanLimits {
+    /// The most that any batch within the limits needs, where `schedule.ranges` workers walk items.
+    pub(super) fn sizes(&self, spec: &AttentionSpec, splits: Splits, schedule: Schedule) -> PlanSizes {
+        let (tiles, workers) = (self.sequences * spec.num_kv_heads, schedule.ranges.max(1));
+        // Workers cut tiles `workers - 1` times at most, each time into two states more at most.
+        let mut sizes = PlanSizes {
+            items: tiles + workers - 1,
+            ranges: workers + 1,
+            merges: (workers - 1).min(tiles),
+            sequences: self.sequences,
+            pages: self.pages,
+            tree_mask: self.tree_words,
+            partial_rows: 2 * (workers - 1) * DECODE_ROWS,
+            ..PlanSizes::default()
+        };
+        if let Splits::Fixed(tokens) = splits {
+            // A state for each section that a tile touches.
+            let sections = (self.pages * self.page_size).div_ceil(tokens.max(1)) + self.sequences;
+            sizes.merges = tiles;
+            sizes.partial_rows = sections * spec.num_kv_heads * DECODE_ROWS;
+        }
+        sizes.range_merges = sizes.merges;
+        sizes
+    }
+}
+
+impl Plan {
+    /// Lengths of the parts, or the room that is kept for them.
+    pub(crate) fn sizes(&self) -> PlanSizes {
+        self.reserved.unwrap_or(PlanSizes {
+            items: self.items.len(),
+            ranges: self.ranges.len(),
+            merges: self.merges.len(),
+            range_merges: self.range_merges,
+            sequences: self.sequences.len(),
+            pages: self.pages.len(),
+            logical_pages: self.logical_pages.len(),
+            tree_mask: self.tree_mask.len(),
+            partial_rows: self.partial_rows,
+        })
+    }
+
+    /// Gives the plan room up to limits, and as many workers as any other plan within them.
+    pub(crate) fn reserve(
+        &mut self,
+        op: &'static str,
+        spec: &AttentionSpec,
+        limits: &PlanLimits,
+        splits: Splits,
+        schedule: Schedule,
+    ) -> Result<()> {
+        let at_most = |what: &'static str, got: usize, limit: usize| {
+            let expected = || format_args!("at most {limit}, the plan's limit").to_string();
+            if got > limit { Err(Error::value(op, what, expected(), got)) } else { Ok(()) }
+        };
+        at_most("sequences", self.sequences.len(), limits.sequences)?;
+        at_most("query tokens", self.total_q, limits.q_tokens)?;
+        at_most("entries of the page tables", self.pages.len(), limits.pages)?;
+        at_most("words of the tree masks", self.tree_mask.len(), limits.tree_words)?;
+        if self.page_size != limits.page_size {
+            let expected = format_args!("{}, the plan's limit", limits.page_size).to_string();
+            return Err(Error::value(op, "page_size", expected, self.page_size));
+        }
+        if !self.logical_pages.is_empty() || self.num_tails.is_some() {
+            let expected = "no page lists and no int4 tails in a plan with limits";
+            return Err(Error::value(op, "batch", expected, "one of them"));
+        }
+        if let Some(s) = self.sequences.iter().find(|s| s.q_len as usize * spec.group() > DECODE_ROWS) {
+            let most = DECODE_ROWS / spec.group();
+            let expected =
+                format_args!("at most {most} query tokens a sequence in a plan with limits").to_string();
+            return Err(Error::value(op, "query tokens of a sequence", expected, s.q_len));
+        }
+        if schedule.ranges > 0 {
+            self.ranges.resize(schedule.ranges + 1, self.items.len() as u32);
+        }
+        self.total_q = limits.q_tokens;
+        self.reserved = Some(limits.sizes(spec, splits, schedule));
+        Ok(())
+    }
+}
