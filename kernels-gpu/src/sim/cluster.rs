@@ -154,6 +154,7 @@ pub fn launch(memory: &Memory, launch: &Launch<'_>) -> Result<Stats, Fault> {
         catch_unwind(AssertUnwindSafe(|| cluster.run())).map_err(|panic| cluster.as_fault(panic))?;
     }
     cluster.stats.launches.insert(launch.kernel.name, 1);
+    cluster.stats.distinct_read = cluster.global.distinct_bytes();
     Ok(cluster.stats)
 }
 

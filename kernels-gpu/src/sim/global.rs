@@ -11,6 +11,9 @@ use memmap2::{MmapMut, MmapOptions};
 /// Before and after each allocation: a run over its end meets nothing.
 const GUARD: usize = 4096;
 
+/// Bytes that memory delivers together.
+const SECTOR: usize = 32;
+
 /// The simulated device's memory. Pages of it cost nothing until they are touched.
 #[derive(Default)]
 pub struct Memory {
@@ -22,6 +25,8 @@ pub(super) struct Allocation {
     data: MmapMut,
     /// A [`Mark`] for every two bytes.
     marks: MmapMut,
+    /// For every sector the launch that last read it, and 1.
+    readers: MmapMut,
     /// Whether bytes that no kernel has written may be read.
     initialised: bool,
 }
@@ -113,13 +118,27 @@ impl Allocation {
         unsafe { std::slice::from_raw_parts_mut(all.add(offset / 2), bytes.div_ceil(2)) }
     }
 
+    /// Counts sectors that the launch has not read before.
+    fn count_sectors(&mut self, offset: usize, bytes: usize, now: Mark) -> u64 {
+        let readers: &mut [u32] = {
+            let all = self.readers.as_mut_ptr().cast::<u32>();
+            let (first, last) = (offset / SECTOR, (offset + bytes - 1) / SECTOR);
+            // SAFETY: the map holds four bytes for every sector, page-aligned; the range was checked against `bytes`.
+            unsafe { std::slice::from_raw_parts_mut(all.add(first), last + 1 - first) }
+        };
+        let launch = now.launch() as u32 + 1;
+        readers.iter_mut().map(|r| (std::mem::replace(r, launch) != launch) as u64).sum()
+    }
+
     fn read(
         &mut self,
         offset: usize,
         bytes: usize,
         now: Mark,
         acquired: &[Acquired],
+        sectors: &mut u64,
     ) -> Result<&[u8], String> {
+        *sectors += self.count_sectors(offset, bytes, now);
         let initialised = self.initialised;
         for mark in self.marks(offset, bytes) {
             if mark.0 == 0 && !initialised {
@@ -160,16 +179,26 @@ impl Allocation {
 }
 
 /// The memory during a launch.
-pub(super) struct Global<'a>(MutexGuard<'a, BTreeMap<u64, Allocation>>);
+pub(super) struct Global<'a> {
+    allocations: MutexGuard<'a, BTreeMap<u64, Allocation>>,
+    /// Sectors read, each once a launch.
+    sectors: u64,
+}
 
 impl Global<'_> {
-    fn locate(&mut self, at: u64, bytes: usize) -> Result<(&mut Allocation, usize), String> {
+    /// Bytes of the sectors that the launch has read.
+    pub(super) fn distinct_bytes(&self) -> u64 {
+        self.sectors * SECTOR as u64
+    }
+
+    fn locate(&mut self, at: u64, bytes: usize) -> Result<(&mut Allocation, usize, &mut u64), String> {
         if !at.is_multiple_of(bytes as u64) {
             return Err(format!("misaligned: {bytes} bytes at global address {at:#x}"));
         }
-        let found = self.0.range_mut(..=at).next_back().map(|(start, a)| (a, (at - start) as usize));
+        let Global { allocations, sectors } = self;
+        let found = allocations.range_mut(..=at).next_back().map(|(start, a)| (a, (at - start) as usize));
         match found {
-            Some((a, offset)) if offset + bytes <= a.bytes => Ok((a, offset)),
+            Some((a, offset)) if offset + bytes <= a.bytes => Ok((a, offset, sectors)),
             Some((a, offset)) if offset < a.bytes + GUARD => Err(format!(
                 "out of bounds: {bytes} bytes at offset {offset} of an allocation of {} bytes",
                 a.bytes
@@ -186,8 +215,8 @@ impl Global<'_> {
         now: Mark,
         acquired: &[Acquired],
     ) -> Result<[u32; N], String> {
-        let (allocation, offset) = self.locate(at, 4 * N)?;
-        let bytes = allocation.read(offset, 4 * N, now, acquired)?;
+        let (allocation, offset, sectors) = self.locate(at, 4 * N)?;
+        let bytes = allocation.read(offset, 4 * N, now, acquired, sectors)?;
         let mut words = [0; N];
         for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(4)) {
             *word = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
@@ -202,7 +231,7 @@ impl Global<'_> {
         now: Mark,
         acquired: &[Acquired],
     ) -> Result<(), String> {
-        let (allocation, offset) = self.locate(at, 4 * N)?;
+        let (allocation, offset, _) = self.locate(at, 4 * N)?;
         let mut bytes = [0u8; 16];
         for (to, word) in bytes.chunks_exact_mut(4).zip(x) {
             to.copy_from_slice(&word.to_le_bytes());
@@ -211,18 +240,18 @@ impl Global<'_> {
     }
 
     pub(super) fn read_u16(&mut self, at: u64, now: Mark) -> Result<u32, String> {
-        let (allocation, offset) = self.locate(at, 2)?;
-        let bytes = allocation.read(offset, 2, now, &[])?;
+        let (allocation, offset, sectors) = self.locate(at, 2)?;
+        let bytes = allocation.read(offset, 2, now, &[], sectors)?;
         Ok(u16::from_le_bytes([bytes[0], bytes[1]]) as u32)
     }
 
     pub(super) fn write_u16(&mut self, at: u64, x: u32, now: Mark) -> Result<(), String> {
-        let (allocation, offset) = self.locate(at, 2)?;
+        let (allocation, offset, _) = self.locate(at, 2)?;
         allocation.write(offset, &(x as u16).to_le_bytes(), now, false, &[])
     }
 
     pub(super) fn atomic(&mut self, at: u64, f: impl FnOnce(u32) -> u32, now: Mark) -> Result<u32, String> {
-        let (allocation, offset) = self.locate(at, 4)?;
+        let (allocation, offset, _) = self.locate(at, 4)?;
         let bytes = &allocation.data_mut()[offset..][..4];
         let old = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
         allocation.write(offset, &f(old).to_le_bytes(), now, true, &[])?;
@@ -232,7 +261,7 @@ impl Global<'_> {
 
 impl Memory {
     pub(super) fn lock(&self) -> Global<'_> {
-        Global(self.allocations.lock().unwrap_or_else(PoisonError::into_inner))
+        Global { allocations: self.allocations.lock().unwrap_or_else(PoisonError::into_inner), sectors: 0 }
     }
 
     /// Address of `bytes` bytes, zeros that may be read or (`initialised` false) bytes that may not be read
@@ -241,14 +270,15 @@ impl Memory {
         let map = |bytes: usize| MmapOptions::new().len(bytes).no_reserve_swap().map_anon().ok();
         let data = map(bytes.checked_add(2 * GUARD)?)?;
         let marks = map(bytes.checked_mul(4)?.checked_add(16)?)?;
+        let readers = map(bytes / SECTOR * 4 + 8)?;
         let at = data.as_ptr() as u64 + GUARD as u64;
-        self.lock().0.insert(at, Allocation { bytes, data, marks, initialised });
+        self.lock().allocations.insert(at, Allocation { bytes, data, marks, readers, initialised });
         Some(at)
     }
 
     /// Gives an allocation back.
     pub fn free(&self, at: u64) {
-        self.lock().0.remove(&at);
+        self.lock().allocations.remove(&at);
     }
 
     /// Copies from the host; the error says what is wrong with the range.
@@ -272,7 +302,8 @@ impl Memory {
 
     fn range(&self, at: u64, bytes: usize, f: impl FnOnce(&mut Allocation, usize)) -> Result<(), String> {
         let mut global = self.lock();
-        let found = global.0.range_mut(..=at).next_back().map(|(start, a)| ((at - start) as usize, a));
+        let found =
+            global.allocations.range_mut(..=at).next_back().map(|(start, a)| ((at - start) as usize, a));
         match found {
             Some((offset, allocation)) if offset + bytes <= allocation.bytes => {
                 f(allocation, offset);

@@ -93,6 +93,9 @@ pub struct Stats {
     pub global_read: u64,
     /// Bytes that asynchronous copies brought from global memory.
     pub global_copied: u64,
+    /// Bytes of the 32-byte sectors that loads and copies touched, each sector once a launch: what memory has to deliver
+    /// where the cache holds the rest.
+    pub distinct_read: u64,
     /// Bytes written to global memory.
     pub global_written: u64,
     /// Warp-wide accesses of shared memory that were looked at for bank conflicts.
@@ -115,6 +118,7 @@ impl Stats {
         }
         self.global_read += other.global_read;
         self.global_copied += other.global_copied;
+        self.distinct_read += other.distinct_read;
         self.global_written += other.global_written;
         self.shared_accesses += other.shared_accesses;
         self.shared_cycles += other.shared_cycles;
