@@ -45,7 +45,7 @@ pub enum KvMut<'a> {
         k: ViewMut<'a>,
         /// Values.
         v: ViewMut<'a>,
-        /// Channelwise minimum and maximum of each page's keys, f32
+        /// Channelwise minimum and maximum of each page's keys, of their type or f32
         /// `[num_pages, num_kv_heads, 2, head_dim]`.
         summaries: Option<ViewMut<'a>>,
     },
@@ -337,7 +337,7 @@ impl KvCache {
                 Pages::Float {
                     k: zeros(dtype, &shape)?,
                     v: zeros(dtype, &shape)?,
-                    summaries: if spec.summaries { Some(zeros(DType::F32, &summaries)?) } else { None },
+                    summaries: if spec.summaries { Some(zeros(dtype, &summaries)?) } else { None },
                 }
             }
             KvFormat::Int4 { num_tails } => {
@@ -407,7 +407,7 @@ impl KvCache {
         }
     }
 
-    /// Page minima and maxima, where the cache keeps them.
+    /// Page minima and maxima, of the keys' type, where the cache keeps them.
     pub fn summaries(&self) -> Option<View<'_>> {
         match &self.pages {
             Pages::Float { summaries, .. } => summaries.as_ref().map(Tensor::view),

@@ -5,9 +5,10 @@ mod common;
 use std::f64::consts::PI;
 
 use common::reference::rotate;
-use common::{Rng, close, devices, on};
+use common::{Elements, Rng, close, devices, on};
 use ferroflash::op::append_kv::AppendPlan;
-use ferroflash::{AttentionSpec, KvMut, RopeScaling, RopeSpec, RopeStyle};
+use ferroflash::{AttentionSpec, DType, KvMut, RopeScaling, RopeSpec, RopeStyle, Tensor};
+use half::f16;
 
 /// A scaling, the frequency of each pair, and the factor on cos and sin.
 type RopeCase = (RopeScaling, Box<dyn Fn(usize) -> f64>, f64);
@@ -123,6 +124,49 @@ fn append_rotates_and_writes_to_slots() {
                         assert_eq!(&v_pages[to..][..dim], &v[from..][..dim]);
                     }
                 }
+            }
+        }
+    }
+}
+
+/// Minima and maxima of the keys as they are stored, in the keys' type or f32, over two appends to the same pages.
+#[test]
+fn summaries_are_exact_in_both_types() {
+    let (page_size, heads, dim, tokens) = (8, 2, 40, 20);
+    let spec = AttentionSpec::new(heads, heads, dim);
+    let mut rng = Rng(9);
+    let rows: Vec<f16> = rng.normals(tokens * heads * dim).into_iter().map(f16::from_f32).collect();
+    for device in devices() {
+        let k = on(&device, &rows, &[tokens, heads, dim]);
+        for dtype in [DType::F16, DType::F32] {
+            let pages = [3, heads, page_size, dim];
+            let (mut k_pages, mut v_pages) = (
+                Tensor::zeros(&device, DType::F16, &pages).unwrap(),
+                Tensor::zeros(&device, DType::F16, &pages).unwrap(),
+            );
+            let mut summaries = Tensor::zeros(&device, dtype, &[3, heads, 2, dim]).unwrap();
+            for (from, to) in [(0, 13), (13, tokens)] {
+                let slots: Vec<i64> = (from as i64..to as i64).collect();
+                let positions: Vec<u32> = (from as u32..to as u32).collect();
+                let plan =
+                    AppendPlan::from_slots(&device, &spec, None, page_size, &slots, &positions).unwrap();
+                let new = || k.view().narrow(0, from, to - from).unwrap();
+                let kv = KvMut::Paged {
+                    k: k_pages.view_mut(),
+                    v: v_pages.view_mut(),
+                    summaries: Some(summaries.view_mut()),
+                };
+                plan.run(None, new(), new(), kv).unwrap();
+            }
+            let got = Elements::of_tensor(&summaries).to_f32();
+            for (page, head, d) in
+                (0..3).flat_map(|p| (0..heads).flat_map(move |h| (0..dim).map(move |d| (p, h, d))))
+            {
+                let own = (page * page_size..((page + 1) * page_size).min(tokens))
+                    .map(|t| rows[(t * heads + head) * dim + d].to_f32());
+                let at = |side| got[((page * heads + head) * 2 + side) * dim + d];
+                assert_eq!(at(0), own.clone().fold(f32::INFINITY, f32::min), "{device:?} {dtype}");
+                assert_eq!(at(1), own.fold(f32::NEG_INFINITY, f32::max), "{device:?} {dtype}");
             }
         }
     }

@@ -157,3 +157,47 @@ fn naive_selection(
     kept.sort_unstable();
     kept
 }
+
+/// Scoring reads each summary once, and attention the chosen pages alone.
+#[test]
+fn a_small_budget_reads_little() {
+    let (page_size, len, dim, budget) = (16, 12_000, 128, 16);
+    let num_pages = len / page_size;
+    let device = Device::sim(4);
+    let case = Case {
+        spec: AttentionSpec::new(8, 2, dim).causal(),
+        lengths: vec![(1, len)],
+        n_tree: None,
+        q_dtype: DType::BF16,
+        kv_dtype: DType::BF16,
+        place: Place::Paged { page_size, nhd: false, block_table: false },
+        splits: Splits::Auto,
+        lists: None,
+        q_scale: 1.0,
+        seed: 5,
+    };
+    let problem = Problem::new(case);
+    let tables = Tables::new(&problem, &device);
+    let cache = cache_of(&device, &problem, &tables, page_size, num_pages + 2);
+    let q = Elements::new(DType::BF16, &problem.q).tensor(&device, &[1, 8, dim]);
+    let mut out = ferroflash::Tensor::zeros(&device, DType::BF16, &[1, 8, dim]).unwrap();
+    let batch = Batch::new(&problem.qo_indptr, tables.kv_table());
+    let spec = &problem.case.spec;
+    let mut plan = SparsePlan::new(&device, spec, &batch, PageBudget::new(budget), Splits::Auto).unwrap();
+    let read = || device.sim_stats().unwrap().distinct_read;
+    let before = read();
+    plan.select(q.view(), cache.summaries().unwrap()).unwrap();
+    let (selection, summaries) = (read() - before, 2 * num_pages * 2 * dim * 2);
+    // Besides: the page table, and the scores, which top-k reads.
+    let besides = 2 * num_pages * 4 * 2;
+    println!("selection reads {selection} bytes, summaries are {summaries}");
+    assert!(selection as f64 <= 1.02 * (summaries + besides) as f64);
+    let before = read();
+    plan.run(q.view(), cache.view(), out.view_mut(), None).unwrap();
+    let (attention, chosen) = (read() - before, 2 * budget * page_size * 2 * dim * 2);
+    println!("attention reads {attention} bytes, the chosen pages are {chosen}");
+    assert!(
+        attention as f64 <= 1.02 * chosen as f64 + 8192.0,
+        "pages, and 8 KiB of queries, plan and states"
+    );
+}

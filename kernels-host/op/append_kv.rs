@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::kv_cache::{Kv, KvMut, PageDims};
 use crate::plan::{Batch, KvTable, Plan};
 use crate::spec::{AttentionSpec, RopeSpec, RopeStyle};
-use crate::tensor::{View, ViewMut};
+use crate::tensor::{DType, View, ViewMut};
 
 const OP: &str = "append_kv";
 const SKIP: u64 = u64::MAX;
@@ -203,10 +203,15 @@ impl AppendPlan {
 
     fn check_extras(&self, door: &Door<'_>, kv: &KvMut<'_>, dims: PageDims) -> Result<()> {
         match kv {
-            KvMut::Paged { summaries: Some(summaries), .. } => {
+            KvMut::Paged { k, summaries: Some(summaries), .. } => {
                 let shape = [dims.num_pages, self.num_kv_heads, 2, self.head_dim];
-                door.f32s("summaries", &summaries.as_view(), &shape)?;
-                crate::kv_cache::expect_unit_stride(OP, "summaries", &summaries.as_view())
+                door.floats("summaries", &summaries.as_view(), &shape)?;
+                let (dtype, keys) = (summaries.dtype(), k.dtype());
+                if dtype != DType::F32 && dtype != keys {
+                    let expected = format_args!("{keys}, as the keys, or f32").to_string();
+                    return Err(Error::dtype(OP, "summaries", expected, dtype));
+                }
+                Ok(())
             }
             KvMut::Int4(_) if self.tail_slots.len() != self.num_tokens() => {
                 let expected = "a plan from AppendPlan::from_batch with tail_slots, for int4 KV";

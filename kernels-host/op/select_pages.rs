@@ -133,16 +133,15 @@ impl SparsePlan {
         })
     }
 
-    /// Chooses pages for `q` `[batch, num_q_heads, head_dim]` from the cache's `summaries`, f32
-    /// `[num_pages, num_kv_heads, 2, head_dim]` (minimum, maximum). Of equal scores the earlier page wins.
+    /// Chooses pages for `q` `[batch, num_q_heads, head_dim]` from the cache's `summaries`
+    /// `[num_pages, num_kv_heads, 2, head_dim]` (minimum, maximum), of any float type. Of equal scores the earlier page wins.
     pub fn select(&mut self, q: View<'_>, summaries: View<'_>) -> Result<()> {
         let device = self.attention.device().clone();
         let door = Door { op: OP, device: &device };
         let spec = self.attention.spec().clone();
         door.floats("q", &q, &[self.sequences.len(), spec.num_q_heads, spec.head_dim])?;
         let num_pages = summaries.shape().first().copied().unwrap_or(0);
-        door.f32s("summaries", &summaries, &[num_pages, spec.num_kv_heads, 2, spec.head_dim])?;
-        crate::kv_cache::expect_unit_stride(OP, "summaries", &summaries)?;
+        door.floats("summaries", &summaries, &[num_pages, spec.num_kv_heads, 2, spec.head_dim])?;
         door.pages("the page table", self.num_pages, num_pages)?;
         let (plan, attention) = self.attention.parts_mut();
         device.backend().select_pages(SelectCall {

@@ -68,7 +68,7 @@ pub struct TouchedPage {
 pub struct SummaryParams {
     /// Key pages.
     pub k_pages: PageRows,
-    /// f32 `[page, head, minimum or maximum, channel]`.
+    /// `[page, head, minimum or maximum, channel]`, of type `summary_dtype`.
     pub summaries: PageRows,
     /// [`TouchedPage`]s.
     pub touched: u64,
@@ -76,10 +76,14 @@ pub struct SummaryParams {
     pub kv_dtype: u32,
     /// Channels.
     pub head_dim: u32,
+    /// An [`element`](super::element) that holds every key exactly.
+    pub summary_dtype: u32,
+    /// Keeps the size a multiple of 8.
+    pub reserved: u32,
 }
 
 plain! {
     AppendParams: 216,
     TouchedPage: 8,
-    SummaryParams: 80,
+    SummaryParams: 88,
 }

@@ -23,13 +23,16 @@ pub struct SelectItem {
     pub count: u32,
 }
 
-/// `score_pages`: `page_ctas` CTAs per item, a warp per page. `top_k_pages`: a CTA per item.
+/// Pages that a warp scores.
+pub const SCORE_PAGES: usize = 16;
+
+/// `score_pages`: `page_ctas` CTAs per item, a warp for [`SCORE_PAGES`] pages. `top_k_pages`: a CTA per item.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SelectParams {
     /// Queries.
     pub q: Rows,
-    /// f32 `[page, head, minimum or maximum, channel]`.
+    /// `[page, head, minimum or maximum, channel]`, of type `summary_dtype`.
     pub summaries: PageRows,
     /// [`SelectItem`]s.
     pub items: u64,
@@ -51,9 +54,13 @@ pub struct SelectParams {
     pub negate: u32,
     /// CTAs that score one item's pages.
     pub page_ctas: u32,
+    /// An [`element`](super::element).
+    pub summary_dtype: u32,
+    /// Keeps the size a multiple of 8.
+    pub reserved: u32,
 }
 
 plain! {
     SelectItem: 40,
-    SelectParams: 120,
+    SelectParams: 128,
 }

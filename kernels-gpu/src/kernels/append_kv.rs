@@ -102,8 +102,8 @@ pub(super) unsafe fn summaries(p: &SummaryParams) {
         }
         // SAFETY: the host has checked the summaries; a page is touched once.
         unsafe {
-            store(p.summaries.at(touched.page, head, 0), element::F32, channel, min);
-            store(p.summaries.at(touched.page, head, 1), element::F32, channel, max);
+            store(p.summaries.at(touched.page, head, 0), p.summary_dtype, channel, min);
+            store(p.summaries.at(touched.page, head, 1), p.summary_dtype, channel, max);
         }
         channel += 32 * WARPS;
     }

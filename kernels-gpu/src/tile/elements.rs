@@ -20,6 +20,27 @@ pub(crate) unsafe fn load(row: u64, dtype: u32, i: u32) -> f32 {
     }
 }
 
+/// Elements `i..i + 8` of a row, 16 bytes at a time.
+///
+/// # Safety
+/// The row has them, begins at a multiple of 16 bytes, as `i` is one of 8 elements, and nobody writes it meanwhile.
+#[inline(always)]
+#[track_caller]
+pub(crate) unsafe fn load_8(row: u64, dtype: u32, i: u32) -> [f32; 8] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if dtype == element::F32 {
+            let [a, b] = [0, 16].map(|offset| isa::ld_global_4(row + 4 * i as u64 + offset));
+            return [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]].map(f32::from_bits);
+        }
+        let words = isa::ld_global_4(row + 2 * i as u64);
+        let pairs =
+            words.map(|x| if dtype == element::F16 { isa::f16x2_to_f32(x) } else { isa::bf16x2_to_f32(x) });
+        let [(a, b), (c, d), (e, f), (g, h)] = pairs;
+        [a, b, c, d, e, f, g, h]
+    }
+}
+
 /// Writes element `i` of a row, rounded to nearest even.
 ///
 /// # Safety
@@ -60,11 +81,11 @@ impl PageRows {
     }
 }
 
-/// The sum over a warp, in all lanes.
+/// The sum over a half-warp, in all of its lanes.
 #[inline(always)]
 #[track_caller]
-pub(crate) fn warp_sum(mut x: f32) -> f32 {
-    for mask in [1, 2, 4, 8, 16] {
+pub(crate) fn half_warp_sum(mut x: f32) -> f32 {
+    for mask in [1, 2, 4, 8] {
         x += f32::from_bits(isa::shfl_bfly(x.to_bits(), mask));
     }
     x

@@ -26,7 +26,7 @@ pub(super) fn append_kv(cpu: &Cpu, call: AppendCall<'_>) {
                 dtype: k.dtype(),
                 k: Rows::paged(&k.as_view()),
                 v: Rows::paged(&v.as_view()),
-                summaries: summaries.as_ref().map(|s| Rows::paged(&s.as_view())),
+                summaries: summaries.as_ref().map(|s| (s.dtype(), Rows::paged(&s.as_view()))),
             },
             KvMut::Int4(pages) => To::Int4(Int4Rows::new(&pages.as_view(), plan.head_dim)),
         },
@@ -68,7 +68,7 @@ impl Ragged {
 }
 
 enum To {
-    Paged { dtype: DType, k: Rows, v: Rows, summaries: Option<Rows> },
+    Paged { dtype: DType, k: Rows, v: Rows, summaries: Option<(DType, Rows)> },
     Int4(Int4Rows),
 }
 
@@ -133,15 +133,19 @@ impl Task for WriteHead<'_> {
                     let to = k_rows.at(page, head, offset).cast_mut();
                     store_row_as::<S>(*dtype, k.as_ptr(), to, dim);
                     store_row_as::<S>(*dtype, v.as_ptr(), v_rows.at(page, head, offset).cast_mut(), dim);
-                    if let Some(summaries) = summaries {
+                    if let Some((summary_dtype, summaries)) = summaries {
                         // What attention will read, not what came in, bounds the scores.
                         load_row_as::<S>(*dtype, to, k.as_mut_ptr(), dim);
-                        let min = summaries.at(page, head, 0).cast::<f32>().cast_mut();
-                        let max = summaries.at(page, head, 1).cast::<f32>().cast_mut();
-                        for (d, &x) in k.iter().enumerate().take(dim) {
-                            let fresh = offset == 0;
-                            *min.add(d) = if fresh { x } else { x.min(*min.add(d)) };
-                            *max.add(d) = if fresh { x } else { x.max(*max.add(d)) };
+                        let mut bound = [0f32; 256];
+                        for (side, further) in [(0, f32::min as fn(f32, f32) -> f32), (1, f32::max)] {
+                            let row = summaries.at(page, head, side).cast_mut();
+                            if offset == 0 {
+                                bound = k;
+                            } else {
+                                load_row_as::<S>(*summary_dtype, row, bound.as_mut_ptr(), dim);
+                                bound.iter_mut().zip(&k).for_each(|(b, &x)| *b = further(x, *b));
+                            }
+                            store_row_as::<S>(*summary_dtype, bound.as_ptr(), row, dim);
                         }
                     }
                 }

@@ -76,12 +76,12 @@ impl Task for Score<'_> {
             // A negative scale turns the order of the scores.
             row.iter_mut().for_each(|x| *x *= spec.softmax_scale.signum());
         }
-        let summaries = Rows::paged(summaries);
+        let (summary_dtype, summaries) = (summaries.dtype(), Rows::paged(summaries));
         let (mut min, mut max) = ([0f32; 256], [0f32; 256]);
         let score = |&page: &u32| {
-            let at = |side| summaries.at(page as usize, head, side).cast::<f32>();
-            load_row_as::<S>(crate::DType::F32, at(0).cast(), min.as_mut_ptr(), dim);
-            load_row_as::<S>(crate::DType::F32, at(1).cast(), max.as_mut_ptr(), dim);
+            let at = |side| summaries.at(page as usize, head, side);
+            load_row_as::<S>(summary_dtype, at(0), min.as_mut_ptr(), dim);
+            load_row_as::<S>(summary_dtype, at(1), max.as_mut_ptr(), dim);
             let mut best = f32::NEG_INFINITY;
             for q in q.chunks_exact(padded) {
                 let mut sum = S::splat(0.0);

@@ -184,6 +184,8 @@ impl Gpu {
                 let params = SummaryParams {
                     k_pages,
                     summaries: page_rows(&summaries.as_view()),
+                    summary_dtype: element(summaries.dtype()),
+                    reserved: 0,
                     touched: at(blob.touched),
                     kv_dtype,
                     head_dim: plan.head_dim as u32,

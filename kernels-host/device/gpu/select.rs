@@ -1,10 +1,10 @@
 //! Page selection on a GPU: scores and lists stay in device memory, where the attention kernels find them.
 
-use ferroflash_kernels::abi::{ROWS_PER_CTA, SelectItem, SelectParams};
+use ferroflash_kernels::abi::{ROWS_PER_CTA, SCORE_PAGES, SelectItem, SelectParams};
 
 use super::attention::Workspace;
 use super::driver::{bytes, words};
-use super::params::{page_rows, rows};
+use super::params::{aligned, element, page_rows, rows};
 use super::{Blob, Gpu, Offsets};
 use crate::device::{SelectCall, SelectPlan, Storage};
 use crate::error::Result;
@@ -56,6 +56,10 @@ impl Gpu {
     pub(super) fn run_select(&self, call: SelectCall<'_>) -> Result<()> {
         let SelectCall { select, workspace, attention, plan, budget, q, summaries } = call;
         let spec = select.spec;
+        // Read 16 bytes at a time.
+        for (what, view) in [("q", &q), ("summaries", &summaries)] {
+            aligned("select_pages", what, view, 16)?;
+        }
         let items = select.sequences.len() * spec.num_kv_heads;
         let blob = SelectBlob::new(items, select.pages.len(), spec.num_kv_heads);
         let most = select.sequences.iter().map(|s| (s.kv_len as usize).div_ceil(select.page_size)).max();
@@ -71,7 +75,9 @@ impl Gpu {
             sinks: budget.sinks.min(u32::MAX as usize) as u32,
             recent: budget.recent.min(u32::MAX as usize) as u32,
             negate: (spec.softmax_scale < 0.0) as u32,
-            page_ctas: most.unwrap_or(0).div_ceil(ROWS_PER_CTA) as u32,
+            page_ctas: most.unwrap_or(0).div_ceil(ROWS_PER_CTA * SCORE_PAGES) as u32,
+            summary_dtype: element(summaries.dtype()),
+            reserved: 0,
         };
         self.launch("score_pages", [items * params.page_ctas as usize, 1], words(&params))?;
         self.launch("top_k_pages", [items, 1], words(&params))
