@@ -14,6 +14,6 @@ pub use device::{CpuOptions, Device, DeviceId, SimdLevel};
 pub use error::{Error, Result};
 pub use kv_cache::{INT4_GROUP, Int4Pages, Int4PagesMut, Kv, KvCache, KvCacheSpec, KvFormat, KvMut};
 pub use layout::{Dims, MAX_RANK};
-pub use plan::{Batch, KvTable, PageLists, Plan, PlanLimits, Splits, TreeMask};
+pub use plan::{Batch, KvTable, PageLists, Plan, PlanLimits, SharedPrefix, Splits, TreeMask};
 pub use spec::{AttentionSpec, RopeScaling, RopeSpec, RopeStyle};
 pub use tensor::{DType, Element, NaturalLog, Tensor, View, ViewMut};

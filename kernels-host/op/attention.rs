@@ -4,7 +4,7 @@ use super::Door;
 use crate::device::{AttentionCall, Device, Storage};
 use crate::error::{Error, Result};
 use crate::kv_cache::Kv;
-use crate::plan::{Batch, KvTable, Plan, PlanLimits, Splits};
+use crate::plan::{Batch, KvTable, Plan, PlanLimits, Schedule, Splits};
 use crate::spec::AttentionSpec;
 use crate::tensor::{NaturalLog, View, ViewMut};
 
@@ -98,7 +98,8 @@ impl AttentionPlan {
         batch: &Batch<'_>,
         (limits, splits): (PlanLimits, Splits),
     ) -> Result<Plan> {
-        let schedule = device.backend().schedule(spec, batch, splits);
+        // Shared prefixes have launches of their own.
+        let schedule = Schedule { cascade: None, ..device.backend().schedule(spec, batch, splits) };
         let mut plan = Plan::new(op, spec, batch, splits, schedule)?;
         plan.reserve(op, spec, &limits, splits, schedule)?;
         Ok(plan)

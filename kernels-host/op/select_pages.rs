@@ -5,7 +5,7 @@ use super::attention::AttentionPlan;
 use crate::device::{Device, SelectCall, SelectPlan, Storage};
 use crate::error::{Error, Result};
 use crate::kv_cache::Kv;
-use crate::plan::{Batch, KvTable, Plan, Splits};
+use crate::plan::{Batch, KvTable, Plan, Schedule, Splits};
 use crate::spec::AttentionSpec;
 use crate::tensor::{NaturalLog, View, ViewMut};
 use ferroflash_kernels::abi::Sequence;
@@ -94,7 +94,8 @@ impl SparsePlan {
             last_page_len: &last_page_len,
         };
         let batch = Batch { kv: table, ..*batch };
-        let schedule = device.backend().schedule(spec, &batch, splits);
+        // Lists are not known yet: that they begin alike means nothing.
+        let schedule = Schedule { cascade: None, ..device.backend().schedule(spec, &batch, splits) };
         let mut plan = Plan::new(OP, spec, &batch, splits, schedule)?;
         // From one list per sequence to one per KV head.
         plan.pages.clear();

@@ -28,6 +28,7 @@ pub(crate) struct PlanSizes {
     pub(crate) ranges: usize,
     pub(crate) merges: usize,
     pub(crate) range_merges: usize,
+    pub(crate) splits: usize,
     pub(crate) sequences: usize,
     pub(crate) pages: usize,
     pub(crate) logical_pages: usize,
@@ -44,6 +45,7 @@ impl PlanLimits {
             items: tiles + workers - 1,
             ranges: workers + 1,
             merges: (workers - 1).min(tiles),
+            splits: 2 * (workers - 1),
             sequences: self.sequences,
             pages: self.pages,
             tree_mask: self.tree_words,
@@ -54,6 +56,7 @@ impl PlanLimits {
             // A state for each section that a tile touches.
             let sections = (self.pages * self.page_size).div_ceil(tokens.max(1)) + self.sequences;
             sizes.merges = tiles;
+            sizes.splits = sections * spec.num_kv_heads;
             sizes.partial_rows = sections * spec.num_kv_heads * DECODE_ROWS;
         }
         sizes.range_merges = sizes.merges;
@@ -69,6 +72,7 @@ impl Plan {
             ranges: self.ranges.len(),
             merges: self.merges.len(),
             range_merges: self.range_merges,
+            splits: self.splits.len(),
             sequences: self.sequences.len(),
             pages: self.pages.len(),
             logical_pages: self.logical_pages.len(),

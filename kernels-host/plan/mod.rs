@@ -1,17 +1,21 @@
 //! From lengths and page tables to work items: pure, printable, no device needed.
 
-use ferroflash_kernels::abi::{KV_BLOCK, MergeItem, NO_PARTIAL, Sequence, WorkItem};
+use ferroflash_kernels::abi::{KV_BLOCK, MergeItem, NO_MERGE, NO_PARTIAL, Sequence, WorkItem};
 
 mod batch;
+mod cascade;
 mod limits;
 mod lists;
 mod ranges;
 mod schedule;
 
 pub use batch::{Batch, KvTable, PageLists, Splits, TreeMask};
+pub use cascade::SharedPrefix;
 pub use limits::PlanLimits;
 pub(crate) use limits::PlanSizes;
 pub(crate) use schedule::Schedule;
+
+use cascade::Cascade;
 
 use crate::error::{Error, Result};
 use crate::spec::AttentionSpec;
@@ -31,6 +35,9 @@ pub struct Plan {
     pub(crate) items: Vec<WorkItem>,
     /// In the order of the items' tiles: those of ranges first.
     pub(crate) merges: Vec<MergeItem>,
+    /// First rows of the states that merges take, at each one's `splits`.
+    pub(crate) splits: Vec<u32>,
+    pub(crate) cascade: Cascade,
     /// Items of range `r` are `items[ranges[r]..ranges[r + 1]]`.
     pub(crate) ranges: Vec<u32>,
     /// Merges of ranges' items.
@@ -70,6 +77,7 @@ impl Plan {
             Splits::Auto | Splits::None => 0,
         };
         plan.add_tree(op, spec, batch)?;
+        plan.find_prefixes(spec, batch, splits, schedule);
         let tiles = match &batch.page_lists {
             None => plan.tiles(op, spec, schedule)?,
             Some(lists) => plan.listed_tiles(op, spec, lists, batch, schedule)?,
@@ -90,6 +98,8 @@ impl Plan {
             tree_mask: Vec::new(),
             items: Vec::new(),
             merges: Vec::new(),
+            splits: Vec::new(),
+            cascade: Cascade::default(),
             ranges: Vec::new(),
             range_merges: 0,
             section: 0,
@@ -211,6 +221,7 @@ impl Plan {
         }
         for (i, s) in self.sequences.iter_mut().enumerate() {
             s.tail_slot = batch.tail_slots.get(i).copied().unwrap_or(0);
+            s.position = (s.kv_len as i32).wrapping_sub(s.q_len as i32);
         }
         Ok(())
     }
@@ -252,7 +263,10 @@ impl Plan {
             for kv_head in 0..spec.num_kv_heads {
                 for row_start in (0..rows).step_by(row_tile) {
                     let row_end = (row_start + row_tile).min(rows);
-                    let (kv_start, kv_end) = kv_range(spec, s, row_start, row_end);
+                    let (kv_start, kv_end) = match self.cascade.kv_start(index) {
+                        Some(start) => (start, s.kv_len.max(start)),
+                        None => kv_range(spec, s, row_start, row_end),
+                    };
                     let mut tile = work_item(index, kv_head, row_start, row_end, s.page_start);
                     (tile.kv_start, tile.kv_end) = (kv_start, kv_end);
                     tiles.push(tile);
@@ -284,7 +298,7 @@ fn work_item(seq: usize, kv_head: usize, row_start: usize, row_end: usize, pages
         partial: NO_PARTIAL,
         scratch: NO_PARTIAL,
         pages,
-        merge: 0,
+        merge: NO_MERGE,
         reserved: 0,
     }
 }
@@ -292,7 +306,7 @@ fn work_item(seq: usize, kv_head: usize, row_start: usize, row_end: usize, pages
 /// KV tokens that some row of the tile may see: starts at a block.
 fn kv_range(spec: &AttentionSpec, s: &Sequence, row_start: usize, row_end: usize) -> (u32, u32) {
     let group = spec.group();
-    let position = |row: usize| s.kv_len as i64 - s.q_len as i64 + (row / group) as i64;
+    let position = |row: usize| s.position as i64 + (row / group) as i64;
     let end =
         if spec.causal { (position(row_end - 1) + 1).clamp(0, s.kv_len as i64) } else { s.kv_len as i64 };
     let start = match spec.window {

@@ -1,6 +1,6 @@
 //! Decoding's workers: each walks one contiguous range of all tiles' blocks of KV.
 
-use ferroflash_kernels::abi::{DECODE_WARPS, KV_BLOCK, MergeItem, WorkItem};
+use ferroflash_kernels::abi::{DECODE_WARPS, KV_BLOCK, NO_PARTIAL, WorkItem};
 
 use super::{Plan, Splits};
 
@@ -72,31 +72,14 @@ impl Plan {
             0 => pieces.iter().filter(|p| p.1 <= token).count() as u32,
             section => token.div_ceil(section).saturating_sub(tile.kv_start / section),
         };
-        let num_splits = states(tile.kv_end).max(1);
-        if num_splits == 1 {
-            let (kv_start, kv_end) = pieces[0];
-            self.items.push(WorkItem { kv_start, kv_end, ..tile });
-            return;
+        let before: Vec<u32> =
+            pieces.iter().map(|&(start, _)| if start == tile.kv_start { 0 } else { states(start) }).collect();
+        let num_states = states(tile.kv_end).max(1);
+        let (partial, merge) = self.place_states(&tile, num_states, pieces.len());
+        for (&(kv_start, kv_end), before) in pieces.iter().zip(before) {
+            let partial = if partial == NO_PARTIAL { NO_PARTIAL } else { partial + before * rows };
+            self.items.push(WorkItem { kv_start, kv_end, partial, merge, ..tile });
         }
-        let first = self.partial_rows as u32;
-        let merge = self.merges.len() as u32;
-        for &(kv_start, kv_end) in pieces {
-            let before = if kv_start == tile.kv_start { 0 } else { states(kv_start) };
-            self.items.push(WorkItem { kv_start, kv_end, partial: first + before * rows, merge, ..tile });
-        }
-        self.partial_rows += (num_splits * rows) as usize;
-        let WorkItem { seq, kv_head, row_start, row_end, .. } = tile;
-        let num_items = pieces.len() as u32;
-        self.merges.push(MergeItem {
-            seq,
-            kv_head,
-            row_start,
-            row_end,
-            partial: first,
-            num_splits,
-            num_items,
-            reserved: 0,
-        });
     }
 }
 
@@ -178,10 +161,12 @@ mod tests {
                         0 => i as u32,
                         s => item.kv_start / s - tile.kv_start / s,
                     };
-                    prop_assert_eq!(item.partial, merge.partial + before * rows);
+                    prop_assert_eq!(item.partial, plan.splits[(merge.splits + before) as usize]);
                 }
-                for row in merge.partial..merge.partial + states * rows {
-                    prop_assert!(!std::mem::replace(&mut taken[row as usize], true));
+                for &first in &plan.splits[merge.splits as usize..][..states as usize] {
+                    for row in first..first + rows {
+                        prop_assert!(!std::mem::replace(&mut taken[row as usize], true));
+                    }
                 }
             }
             prop_assert!(cuts < workers);
@@ -198,6 +183,7 @@ mod tests {
             let (room, needed) = (limits.sizes(&spec, splits, schedule), plan.sizes());
             prop_assert!(needed.items <= room.items && needed.ranges <= room.ranges);
             prop_assert!(needed.merges <= room.merges && needed.range_merges <= room.range_merges);
+            prop_assert!(needed.splits <= room.splits);
             prop_assert!(needed.partial_rows <= room.partial_rows, "{:?} {:?}", needed, room);
 
             let work: Vec<u32> = (0..count)

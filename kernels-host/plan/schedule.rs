@@ -1,6 +1,6 @@
 //! From tiles of rows to items in the order in which workers take them.
 
-use ferroflash_kernels::abi::{KV_BLOCK, MergeItem, NO_PARTIAL, Sequence, WorkItem};
+use ferroflash_kernels::abi::{KV_BLOCK, MergeItem, NO_MERGE, NO_PARTIAL, Sequence, WorkItem};
 
 use super::{Plan, Splits};
 use crate::error::{Error, Result};
@@ -29,6 +29,8 @@ pub(crate) struct Schedule {
     pub(crate) scratch: bool,
     /// Whether items of many rows are for Hopper's kernels.
     pub(crate) hopper: bool,
+    /// Bytes that sharing a prefix has to save to be worth its launches; `None`: prefixes are not shared.
+    pub(crate) cascade: Option<u64>,
     /// Bytes of a cache that all workers share: items of many rows are ordered so that those under way together use no
     /// more K and V than half of it. 0: ordered by length alone.
     pub(crate) cache_bytes: usize,
@@ -72,12 +74,15 @@ impl Plan {
             };
             let blocks = tokens.div_ceil(KV_BLOCK as u32);
             let pieces = pieces.min(blocks as u64 / 8) as u32;
-            if pieces <= 1 {
+            if pieces > 1 {
+                self.split(tile, blocks.div_ceil(pieces) * KV_BLOCK as u32);
+            } else if self.cascade.in_parts(tile.seq) {
+                self.split(tile, blocks.max(1) * KV_BLOCK as u32);
+            } else {
                 self.items.push(tile);
-                continue;
             }
-            self.split(tile, blocks.div_ceil(pieces) * KV_BLOCK as u32);
         }
+        self.merge_cascade(spec);
         if schedule.scratch && self.section > 0 {
             let section = self.section as u32;
             for item in &mut self.items[range_items..] {
@@ -138,42 +143,55 @@ impl Plan {
     /// Splits a tile into pieces of `piece` tokens, each with its own partial states; under
     /// [`Splits::Fixed`] a piece is a run of whole sections with a state for each.
     fn split(&mut self, tile: WorkItem, piece: u32) {
-        let rows = (tile.row_end - tile.row_start) as usize;
+        let rows = tile.row_end - tile.row_start;
         let (state, piece) = match self.section {
             0 => (piece, piece),
-            section => (section as u32, piece.next_multiple_of(section as u32)),
+            section => (section as u32, piece.checked_next_multiple_of(section as u32).unwrap_or(u32::MAX)),
         };
         let first = tile.kv_start / state * state;
-        let num_splits = (tile.kv_end - first).div_ceil(state);
-        if num_splits <= 1 {
-            self.items.push(tile);
-            return;
+        let num_states = (tile.kv_end - first).div_ceil(state).max(1);
+        let mut starts: Vec<u32> = (first..tile.kv_end).step_by(piece as usize).collect();
+        if num_states == 1 || starts.is_empty() {
+            starts = vec![first];
         }
-        let partial = self.partial_rows;
-        let pieces = (first..tile.kv_end).step_by(piece as usize);
-        let num_items = pieces.len() as u32;
-        for start in pieces {
+        let (partial, merge) = self.place_states(&tile, num_states, starts.len());
+        for start in starts {
             self.items.push(WorkItem {
                 kv_start: start.max(tile.kv_start),
                 kv_end: start.saturating_add(piece).min(tile.kv_end),
-                partial: (partial + ((start - first) / state) as usize * rows) as u32,
-                merge: self.merges.len() as u32,
+                partial: if partial == NO_PARTIAL {
+                    partial
+                } else {
+                    partial + (start - first) / state * rows
+                },
+                merge,
                 ..tile
             });
         }
-        let WorkItem { seq, kv_head, row_start, row_end, .. } = tile;
-        let partial = partial as u32;
-        self.merges.push(MergeItem {
-            seq,
-            kv_head,
-            row_start,
-            row_end,
-            partial,
-            num_splits,
-            num_items,
-            reserved: 0,
-        });
-        self.partial_rows += num_splits as usize * rows;
+    }
+
+    /// Room for a tile's states, which `num_items` items write: the first row, or [`NO_PARTIAL`] where the only item
+    /// finishes its rows; and the merge that takes them.
+    pub(super) fn place_states(&mut self, tile: &WorkItem, num_states: u32, num_items: usize) -> (u32, u32) {
+        let in_parts = self.cascade.in_parts(tile.seq);
+        if num_states == 1 && !in_parts {
+            return (NO_PARTIAL, NO_MERGE);
+        }
+        let rows = tile.row_end - tile.row_start;
+        let first = self.partial_rows as u32;
+        self.partial_rows += num_states as usize * rows as usize;
+        let firsts = (0..num_states).map(|state| first.wrapping_add(state * rows));
+        if in_parts {
+            self.cascade.add_states(tile, firsts);
+            return (first, NO_MERGE);
+        }
+        let splits = self.splits.len() as u32;
+        self.splits.extend(firsts);
+        let &WorkItem { seq, kv_head, row_start, row_end, .. } = tile;
+        let (num_splits, num_items) = (num_states, num_items as u32);
+        let item = MergeItem { seq, kv_head, row_start, row_end, splits, num_splits, num_items, reserved: 0 };
+        self.merges.push(item);
+        (first, self.merges.len() as u32 - 1)
     }
 }
 

@@ -10,6 +10,9 @@ pub const KV_BLOCK: usize = 64;
 /// [`WorkItem::partial`] of an item that writes finished rows.
 pub const NO_PARTIAL: u32 = u32::MAX;
 
+/// [`WorkItem::merge`] of an item whose CTA merges nothing.
+pub const NO_MERGE: u32 = u32::MAX;
+
 /// A tile of query rows of one sequence and KV head, against a range of its KV tokens.
 ///
 /// The rows of a KV head's query group are packed: row `r` is query token `r / group`, query head
@@ -36,7 +39,7 @@ pub struct WorkItem {
     pub scratch: u32,
     /// First entry of the item's page list. KV tokens of the item count along its list, page by page.
     pub pages: u64,
-    /// The [`MergeItem`] that the item's partial states belong to.
+    /// The [`MergeItem`] that the item's CTA comes to, or [`NO_MERGE`]: nothing to merge, or a launch of its own does it.
     pub merge: u32,
     /// Keeps the size a multiple of 8 on every target.
     pub reserved: u32,
@@ -54,11 +57,11 @@ pub struct MergeItem {
     pub row_start: u32,
     /// One past the last packed query row.
     pub row_end: u32,
-    /// First row of partial states; split `s` of row `r` is at `partial + s * rows + r - row_start`.
-    pub partial: u32,
+    /// Its first entry in the list of splits: split `s` of row `r` is the partial state `list[splits + s] + r - row_start`.
+    pub splits: u32,
     /// Number of splits.
     pub num_splits: u32,
-    /// Work items that write them.
+    /// Work items that write them and come to the merge.
     pub num_items: u32,
     /// Keeps the size a multiple of 8 on every target.
     pub reserved: u32,
@@ -86,8 +89,9 @@ pub struct Sequence {
     pub n_tree: u32,
     /// Row of the sequence's 16-bit tail in an int4 cache.
     pub tail_slot: u32,
-    /// Keeps the size a multiple of 8 on every target.
-    pub reserved: u32,
+    /// Position of the first query token among the KV tokens: `kv_len - q_len`, below 0 where there are more queries; of a
+    /// prefix that sequences share, `kv_len`: all of it is seen.
+    pub position: i32,
 }
 
 /// What turns a dot product into a weight.
@@ -161,6 +165,8 @@ pub struct DecodeParams {
     pub ranges: u64,
     /// [`MergeItem`]s.
     pub merges: u64,
+    /// u32, the splits of merges.
+    pub splits: u64,
     /// A u32 per merge, 0 between launches: items that have come to it.
     pub arrivals: u64,
 }
@@ -181,6 +187,8 @@ pub struct MergePartialsParams {
     pub sink_logits: u64,
     /// f32 rows of [`partial_stride`].
     pub partials: u64,
+    /// u32, the splits of merges.
+    pub splits: u64,
     /// Query heads per KV head.
     pub group: Divisor,
     /// Channels of V and O.
@@ -211,6 +219,6 @@ plain! {
     Sequence: 56,
     ScoreParams: 20,
     AttentionParams: 256,
-    DecodeParams: 280,
-    MergePartialsParams: 96,
+    DecodeParams: 288,
+    MergePartialsParams: 104,
 }

@@ -16,6 +16,8 @@ pub(crate) struct Merging<'a> {
     pub(crate) lse: &'a TokenRows,
     pub(crate) sink_logits: u64,
     pub(crate) partials: u64,
+    /// Address of the list of splits.
+    pub(crate) splits: u64,
     pub(crate) group: Divisor,
     pub(crate) v_head_dim: u32,
 }
@@ -31,8 +33,8 @@ impl Merging<'_> {
         // Opaque: what follows from it is not computed ahead of the kernel's loops.
         let lane = isa::opaque(isa::thread_x()) % 32;
         let stride = 4 * partial_stride(self.v_head_dim as usize) as u64;
-        let first = self.partials + (item.partial as u64 + (row - item.row_start) as u64) * stride;
-        let step = (item.row_end - item.row_start) as u64 * stride;
+        let first = self.partials + (row - item.row_start) as u64 * stride;
+        let splits = self.splits + 4 * item.splits as u64;
         // Lane `i` holds channels `64 c + 2 i` and `+ 1`.
         let channel = |c: usize| 64 * c as u32 + 2 * lane;
         let mut o = [[0.0f32; 2]; 4];
@@ -42,7 +44,9 @@ impl Merging<'_> {
             let (mut states, mut x) = ([[0.0f32; 2]; AHEAD as usize], [[[0.0f32; 2]; 4]; AHEAD as usize]);
             for i in 0..AHEAD {
                 if split + i < item.num_splits {
-                    let at = first + (split + i) as u64 * step;
+                    // SAFETY: the list has the merge's splits.
+                    let [state] = unsafe { isa::ld_global_1(splits + 4 * (split + i) as u64) };
+                    let at = first + state as u64 * stride;
                     // SAFETY: the plan's states; rows end with room for maximum and sum.
                     states[i as usize] = unsafe { isa::ld_global_2(at + stride - 64) }.map(f32::from_bits);
                     for c in 0..4 {

@@ -87,7 +87,7 @@ impl<'a> Place<'a> {
     #[inline(always)]
     #[track_caller]
     pub(crate) unsafe fn write(&self, index: u32, item: &WorkItem, seq: &Sequence) {
-        let position = seq.kv_len.wrapping_sub(seq.q_len);
+        let position = seq.position as u32;
         // SAFETY: the caller's promise.
         unsafe { isa::st_shared_4(self.at, [item.row_start, position, plain_end(item, seq), index]) };
     }

@@ -9,8 +9,7 @@
 use core::marker::PhantomData;
 
 use crate::abi::{
-    AttentionParams, DECODE_ROWS, DECODE_WARPS, DecodeParams, KV_BLOCK, MergeItem, NO_PARTIAL, Sequence,
-    WorkItem,
+    DECODE_ROWS, DECODE_WARPS, DecodeParams, KV_BLOCK, MergeItem, NO_MERGE, Sequence, WorkItem,
 };
 use crate::attn::mask;
 use crate::attn::merge::Merging;
@@ -254,7 +253,7 @@ fn gather_states<const TILES: usize>(
 #[track_caller]
 fn merge_if_last<T: Half>(params: &DecodeParams, item: &WorkItem, seq: &Sequence, flag: u32) {
     let p = &params.attention;
-    if isa::agreed(item.partial == NO_PARTIAL) {
+    if isa::agreed(item.merge == NO_MERGE) {
         return;
     }
     // SAFETY: the plan has the item's merge.
@@ -273,9 +272,15 @@ fn merge_if_last<T: Half>(params: &DecodeParams, item: &WorkItem, seq: &Sequence
     if isa::agreed(unsafe { isa::ld_shared_1(flag) }[0] == 0) {
         return;
     }
-    let AttentionParams { out, lse, sink_logits, partials, group, v_head_dim, .. } = p;
-    let (sink_logits, partials, group, v_head_dim) = (*sink_logits, *partials, *group, *v_head_dim);
-    let merging = Merging { out, lse, sink_logits, partials, group, v_head_dim };
+    let merging = Merging {
+        out: &p.out,
+        lse: &p.lse,
+        sink_logits: p.sink_logits,
+        partials: p.partials,
+        splits: params.splits,
+        group: p.group,
+        v_head_dim: p.v_head_dim,
+    };
     let mut row = merge.row_start + isa::thread_x() / 32;
     while isa::agreed(row < merge.row_end) {
         // SAFETY: all parts are written: their CTAs have come to the counter before; a row is one warp's.

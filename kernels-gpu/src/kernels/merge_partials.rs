@@ -16,10 +16,17 @@ pub(super) unsafe fn body<T: Half>(p: &MergePartialsParams) {
     // SAFETY: the item's sequence.
     let seq: Sequence = unsafe { read_struct(p.sequences + item.seq as u64 * size_of::<Sequence>() as u64) };
     let row = item.row_start + isa::block_y() * WARPS + isa::thread_x() / 32;
-    let MergePartialsParams { out, lse, sink_logits, partials, group, v_head_dim, .. } = p;
-    let (sink_logits, partials, group, v_head_dim) = (*sink_logits, *partials, *group, *v_head_dim);
+    let merging = Merging {
+        out: &p.out,
+        lse: &p.lse,
+        sink_logits: p.sink_logits,
+        partials: p.partials,
+        splits: p.splits,
+        group: p.group,
+        v_head_dim: p.v_head_dim,
+    };
     if row < item.row_end {
         // SAFETY: the attention kernel has written the states.
-        unsafe { Merging { out, lse, sink_logits, partials, group, v_head_dim }.row::<T>(&item, &seq, row) };
+        unsafe { merging.row::<T>(&item, &seq, row) };
     }
 }

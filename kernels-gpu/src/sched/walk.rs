@@ -33,8 +33,7 @@ impl Walk {
         let len = item.kv_end - item.kv_start;
         let blocks = len.div_ceil(n);
         // Positions are within 31 bits and a sign: the host allows no more tokens.
-        let before = seq.kv_len as i32 - seq.q_len as i32;
-        let position = |row: u32| before + group.div_rem(row).0 as i32;
+        let position = |row: u32| seq.position + group.div_rem(row).0 as i32;
         // Tokens of the item before `token`, 0 to all of them.
         let within = |token: i32| {
             let x = if token > item.kv_start as i32 { token as u32 - item.kv_start } else { 0 };
@@ -132,7 +131,8 @@ mod tests {
             if item.kv_end > kv_len {
                 continue;
             }
-            let seq = Sequence { q_len, kv_len, n_tree, ..Default::default() };
+            let position = kv_len as i32 - q_len as i32;
+            let seq = Sequence { q_len, kv_len, n_tree, position, ..Default::default() };
             let walk = Walk::new(&score, group, &item, &seq, n);
             assert_eq!(Walk::from_words(walk.to_words().0, walk.to_words().1), walk);
             let met: std::vec::Vec<u32> = (0..walk.steps).map(|s| walk.block(s)).collect();

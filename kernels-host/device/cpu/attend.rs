@@ -213,7 +213,7 @@ impl Attend<'_> {
     #[inline(always)]
     fn columns(&self, seq: &Sequence, row: usize, at: usize, n: usize) -> (usize, usize, usize) {
         let score = &self.kernel.score;
-        let q_pos = seq.kv_len as i64 - seq.q_len as i64 + (row / self.kernel.group) as i64;
+        let q_pos = seq.position as i64 + (row / self.kernel.group) as i64;
         let (at, n) = (at as i64, n as i64);
         let hi = if score.causal != 0 { (q_pos - at + 1).clamp(0, n) } else { n };
         let lo = if score.window > 0 { (q_pos - score.window as i64 + 1 - at).clamp(0, hi) } else { 0 };
@@ -285,7 +285,7 @@ impl Attend<'_> {
             }
         }
         if let Some(slopes) = kernel.alibi_slopes {
-            let q_pos = seq.kv_len as i64 - seq.q_len as i64 + (row / kernel.group) as i64;
+            let q_pos = seq.position as i64 + (row / kernel.group) as i64;
             let slope = slopes[head] * LOG2_E;
             for c in 0..n {
                 *s.add(c) += slope * (at as i64 + c as i64 - q_pos) as f32;
@@ -401,7 +401,8 @@ impl Task for Merge<'_> {
         merged.init(rows, kernel.padded_v_dim);
         for i in 0..rows {
             for split in 0..item.num_splits as usize {
-                let from = kernel.partials.get().add((item.partial as usize + split * rows + i) * stride);
+                let first = kernel.plan.splits[item.splits as usize + split] as usize;
+                let from = kernel.partials.get().add((first + i) * stride);
                 let (m, l) = (*from.add(kernel.padded_v_dim), *from.add(kernel.padded_v_dim + 1));
                 merged.merge_row::<S>(i, kernel.padded_v_dim, m, l, from);
             }

@@ -121,7 +121,7 @@ impl Backend for Cpu {
     }
 
     fn schedule(&self, _: &AttentionSpec, _: &Batch<'_>, _: Splits) -> Schedule {
-        Schedule { row_tile: ROW_TILE, workers: self.workers(), ..Schedule::default() }
+        Schedule { row_tile: ROW_TILE, workers: self.workers(), cascade: Some(1), ..Schedule::default() }
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -51,6 +51,7 @@ pub(super) struct Workspace {
     pub(super) items: usize,
     ranges: usize,
     merges: usize,
+    splits: usize,
     pub(super) sequences: usize,
     pub(super) pages: usize,
     logical_pages: usize,
@@ -75,6 +76,7 @@ impl Workspace {
             items: place(size_of::<WorkItem>() * n.items),
             ranges: place(4 * n.ranges),
             merges: place(size_of::<MergeItem>() * n.merges),
+            splits: place(4 * n.splits),
             sequences: place(size_of::<Sequence>() * n.sequences),
             pages: place(4 * n.pages),
             logical_pages: place(4 * n.logical_pages),
@@ -100,6 +102,7 @@ impl Workspace {
         }
         put(self.ranges, bytemuck::cast_slice(&plan.ranges));
         put(self.merges, bytes(&plan.merges));
+        put(self.splits, bytemuck::cast_slice(&plan.splits));
         put(self.sequences, bytes(&plan.sequences));
         put(self.pages, bytemuck::cast_slice(&plan.pages));
         put(self.logical_pages, bytemuck::cast_slice(&plan.logical_pages));
@@ -187,6 +190,7 @@ impl Gpu {
             attention: params,
             ranges: at(workspace.ranges),
             merges: at(workspace.merges),
+            splits: at(workspace.splits),
             arrivals: at(workspace.arrivals),
         };
         let ctas = plan.ranges.len().saturating_sub(1);
@@ -225,6 +229,7 @@ impl Gpu {
             sequences: params.sequences,
             sink_logits,
             partials: params.partials,
+            splits: at(workspace.splits),
             group,
             v_head_dim: spec.v_head_dim as u32,
         };

@@ -22,6 +22,8 @@ pub(crate) trait Driver: Send + Sync {
     fn description(&self) -> String;
     /// Streaming multiprocessors.
     fn processors(&self) -> usize;
+    /// Bytes that memory delivers in the time of two more launches.
+    fn bytes_of_launches(&self) -> u64;
     /// Zeroed memory, 256-byte aligned.
     fn alloc(&self, bytes: usize) -> Result<u64>;
     fn free(&self, at: u64);

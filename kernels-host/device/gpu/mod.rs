@@ -68,12 +68,14 @@ impl Backend for Gpu {
         let processors = self.driver.processors();
         // int4 KV has decode kernels whose CTAs take an item each.
         let ranges = if batch.tail_slots.is_empty() { CTAS_PER_PROCESSOR * processors } else { 0 };
+        let cascade = Some(self.driver.bytes_of_launches());
         if let Some((hopper, rows)) = self.driver.hopper().zip(self.prefill_sm90_rows(spec, batch, splits)) {
             return Schedule {
                 row_tile: rows,
                 workers: processors,
                 ranges,
                 range_rows: DECODE_ROWS,
+                cascade,
                 scratch: false,
                 hopper: true,
                 cache_bytes: hopper.l2_bytes,
@@ -84,6 +86,7 @@ impl Backend for Gpu {
             workers: CTAS_PER_PROCESSOR * processors,
             ranges,
             range_rows: DECODE_ROWS,
+            cascade,
             scratch: true,
             ..Schedule::default()
         }

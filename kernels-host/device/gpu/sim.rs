@@ -59,6 +59,11 @@ impl Driver for SimDriver {
         4
     }
 
+    fn bytes_of_launches(&self) -> u64 {
+        // So that small tests share prefixes too.
+        1
+    }
+
     fn alloc(&self, bytes: usize) -> Result<u64> {
         let at = self.memory.alloc(bytes, true);
         at.ok_or_else(|| Error::OutOfMemory { device: self.id().to_string(), bytes: bytes as u128 })
