@@ -31,6 +31,18 @@ pub(crate) struct AttentionCall<'a> {
     pub(crate) lse: Option<NaturalLog<ViewMut<'a>>>,
 }
 
+/// Probability mass of pages.
+pub(crate) struct PageMassCall<'a> {
+    pub(crate) spec: &'a AttentionSpec,
+    pub(crate) plan: &'a Plan,
+    /// What [`Backend::plan_attention`] gave.
+    pub(crate) workspace: &'a Storage,
+    pub(crate) q: View<'a>,
+    pub(crate) k: View<'a>,
+    pub(crate) lse: NaturalLog<View<'a>>,
+    pub(crate) mass: ViewMut<'a>,
+}
+
 /// Merge of finished states of the same rows over disjoint KV.
 pub(crate) struct MergeCall<'a> {
     pub(crate) states: &'a [(View<'a>, NaturalLog<View<'a>>)],
@@ -164,6 +176,7 @@ pub(crate) trait Backend: Send + Sync {
     /// Another plan with the same limits takes the place of the one that the memory is of.
     fn update_attention(&self, spec: &AttentionSpec, plan: &Plan, workspace: &mut Storage) -> Result<()>;
     fn attention(&self, call: AttentionCall<'_>) -> Result<()>;
+    fn page_mass(&self, call: PageMassCall<'_>) -> Result<()>;
     fn merge(&self, call: MergeCall<'_>) -> Result<()>;
     /// Device memory for an append plan.
     fn plan_append(&self, plan: &AppendPlan) -> Result<(Storage, AppendCounts)>;

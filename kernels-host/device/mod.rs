@@ -16,7 +16,7 @@ use std::sync::Arc;
 pub use backend::ConformanceSm90;
 pub(crate) use backend::{
     AppendCall, AppendCounts, AttentionCall, Backend, DequantCall, EmbeddingCall, Ids, IdsMut, MergeCall,
-    RmsNormCall, SampleCall, SelectCall, SelectPlan, SiluMulCall,
+    PageMassCall, RmsNormCall, SampleCall, SelectCall, SelectPlan, SiluMulCall,
 };
 pub use cpu::{CpuOptions, SimdLevel};
 /// Building blocks of the CPU backend, for the linear layers of `ferroflash-serve`; not part of the API.

@@ -8,6 +8,7 @@
 //! | [`attention`] | any mix of them in one batch: the plan that the three above make |
 //! | [`append_kv`] | rotary embedding of Q and K, writing of K and V into pages |
 //! | [`select_pages`] | sparse top-k attention over chosen pages |
+//! | [`AttentionPlan::page_mass`](attention::AttentionPlan::page_mass) | the probability that falls on each page |
 //! | [`int4`] | stand-alone quantising and dequantising of int4 pages |
 //! | [`merge`] | merging of partial states over disjoint KV |
 //! | [`layer`] | rms_norm, silu_mul, embedding |
@@ -19,6 +20,7 @@ pub mod decode;
 pub mod int4;
 pub mod layer;
 pub mod merge;
+mod page_mass;
 pub mod prefill;
 pub mod sample;
 pub mod select_pages;

@@ -131,9 +131,14 @@ impl Plan {
         &self.merges
     }
 
-    /// Sequences of the batch.
+    /// Sequences of the batch, then those that stand for shared prefixes.
     pub fn sequences(&self) -> &[Sequence] {
         &self.sequences
+    }
+
+    /// The batch's own sequences.
+    pub(crate) fn own_sequences(&self) -> &[Sequence] {
+        &self.sequences[..self.sequences.len() - self.cascade.prefixes.len()]
     }
 
     /// Tokens of each split under [`Splits::Fixed`], 0 otherwise.

@@ -132,7 +132,7 @@ impl Problem {
     }
 
     /// Whether the tree mask lets query `token` of sequence `s` see KV column `column`.
-    fn tree_visible(&self, s: usize, token: usize, column: usize) -> bool {
+    pub fn tree_visible(&self, s: usize, token: usize, column: usize) -> bool {
         if self.case.n_tree.is_none() {
             return true;
         }

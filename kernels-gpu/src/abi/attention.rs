@@ -171,6 +171,22 @@ pub struct DecodeParams {
     pub arrivals: u64,
 }
 
+/// `page_mass`: `page_ctas` CTAs per sequence in x, a warp per page; KV head in y.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PageMassParams {
+    /// As ever; its LSE is read, its output and values are not looked at.
+    pub attention: AttentionParams,
+    /// f32 `[KV head, entry of the page lists]`, added to.
+    pub mass: u64,
+    /// Bytes from head to head.
+    pub mass_head: u64,
+    /// CTAs that take one sequence's pages.
+    pub page_ctas: u32,
+    /// Keeps the size a multiple of 8.
+    pub reserved: u32,
+}
+
 /// What the merge kernel is given.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -220,5 +236,6 @@ plain! {
     ScoreParams: 20,
     AttentionParams: 256,
     DecodeParams: 288,
+    PageMassParams: 280,
     MergePartialsParams: 104,
 }

@@ -80,7 +80,7 @@ impl Logits {
 
 /// `tanh x = 1 - 2 / (e^2x + 1)`, exact to a few f32 ulp of 1; the hardware's `tanh.approx` is off by 2^-11.
 #[inline(always)]
-fn tanh(x: f32) -> f32 {
+pub(crate) fn tanh(x: f32) -> f32 {
     1.0 - 2.0 * isa::rcp(isa::ex2(2.0 * LOG2_E * x) + 1.0)
 }
 

@@ -9,6 +9,7 @@ mod int4;
 mod layer;
 mod merge_partials;
 mod merge_states;
+mod page_mass;
 mod prefill;
 mod prefill_sm90;
 mod sample;
@@ -194,6 +195,8 @@ entries! {
     "sm_80" "int4" dequantize_int4(Int4DequantParams) = int4::dequantize, WarpPerRow;
     "sm_80" "select_pages" score_pages(SelectParams) = select_pages::score, WarpPerRow;
     "sm_80" "select_pages" top_k_pages(SelectParams) = select_pages::top_k, select_pages::TopKConfig;
+    "sm_80" "select_pages" page_mass_f16(PageMassParams) = page_mass::body::<F16>, WarpPerRow;
+    "sm_80" "select_pages" page_mass_bf16(PageMassParams) = page_mass::body::<BF16>, WarpPerRow;
     "sm_80" "layer" rms_norm(RmsNormParams) = layer::rms_norm, layer::Config;
     "sm_80" "layer" silu_mul(SiluMulParams) = layer::silu_mul, layer::Config;
     "sm_80" "layer" embedding(EmbeddingParams) = layer::embedding, layer::Config;

@@ -8,6 +8,7 @@ mod kv_rows;
 mod layer;
 #[doc(hidden)]
 pub mod matmul;
+mod page_mass;
 mod sampling;
 mod select;
 #[doc(hidden)]
@@ -173,6 +174,11 @@ impl Backend for Cpu {
 
     fn attention(&self, call: AttentionCall<'_>) -> Result<()> {
         attend::attention(self, call);
+        Ok(())
+    }
+
+    fn page_mass(&self, call: PageMassCall<'_>) -> Result<()> {
+        page_mass::page_mass(self, call);
         Ok(())
     }
 

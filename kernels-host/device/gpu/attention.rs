@@ -2,14 +2,14 @@
 
 use ferroflash_kernels::abi::{
     AttentionInt4Params, AttentionParams, DECODE_ROWS, DecodeParams, Divisor, MergeItem, MergePartialsParams,
-    ROWS_PER_CTA, Sequence, WorkItem,
+    PageMassParams, PageRows, ROWS_PER_CTA, Sequence, TokenRows, WorkItem,
 };
 
 use super::append::{check_int4, int4_rows};
 use super::driver::{Launch, bytes, words};
 use super::params::{NO_PAGES, aligned, page_rows, ragged_rows, same_half, token_rows};
 use super::{Gpu, Offsets};
-use crate::device::{AttentionCall, Storage};
+use crate::device::{AttentionCall, PageMassCall, Storage};
 use crate::error::Result;
 use crate::kv_cache::{Kv, int4_v_group};
 use crate::plan::Plan;
@@ -92,6 +92,40 @@ impl Workspace {
         w
     }
 
+    /// What every attention kernel is given: `rows` of queries, outputs and LSE, pages of K and V.
+    fn params(
+        &self,
+        spec: &AttentionSpec,
+        plan: &Plan,
+        storage: &Storage,
+        [q, out, lse]: [TokenRows; 3],
+        (k, v): (PageRows, PageRows),
+    ) -> AttentionParams {
+        let at = |offset: usize| storage.address() + offset as u64;
+        let optional = |there: bool, offset: usize| if there { at(offset) } else { 0 };
+        AttentionParams {
+            q,
+            out,
+            lse,
+            k,
+            v,
+            items: at(self.items),
+            sequences: at(self.sequences),
+            pages: at(self.pages),
+            logical_pages: optional(!plan.logical_pages.is_empty(), self.logical_pages),
+            tree_mask: at(self.tree_mask),
+            alibi_slopes: optional(spec.alibi_slopes.is_some(), self.alibi_slopes),
+            sink_logits: optional(spec.sink_logits.is_some(), self.sink_logits),
+            partials: at(self.partials),
+            score: spec.score_params(),
+            group: Divisor::new(spec.group() as u32),
+            page_size: Divisor::new(plan.page_size as u32),
+            head_dim: spec.head_dim as u32,
+            v_head_dim: spec.v_head_dim as u32,
+            section: plan.section as u32,
+        }
+    }
+
     fn fill(&self, spec: &AttentionSpec, plan: &Plan) -> Vec<u8> {
         let mut data = vec![0u8; self.partials];
         let mut put = |at: usize, from: &[u8]| data[at..at + from.len()].copy_from_slice(from);
@@ -159,33 +193,11 @@ impl Gpu {
                 (NO_PAGES, NO_PAGES)
             }
         };
+        let lse = lse.as_ref().map(|lse| lse.0.as_view());
+        let rows = [token_rows(Some(&q)), token_rows(Some(&out_view)), token_rows(lse.as_ref())];
         let workspace = Workspace::new(spec, plan);
+        let mut params = workspace.params(spec, plan, storage, rows, (k, v));
         let at = |offset: usize| storage.address() + offset as u64;
-        let optional = |there: bool, offset: usize| if there { at(offset) } else { 0 };
-        let group = Divisor::new(spec.group() as u32);
-        let lse = token_rows(lse.as_ref().map(|lse| lse.0.as_view()).as_ref());
-        let sink_logits = optional(spec.sink_logits.is_some(), workspace.sink_logits);
-        let mut params = AttentionParams {
-            q: token_rows(Some(&q)),
-            out: token_rows(Some(&out_view)),
-            lse,
-            k,
-            v,
-            items: at(workspace.items),
-            sequences: at(workspace.sequences),
-            pages: at(workspace.pages),
-            logical_pages: optional(!plan.logical_pages.is_empty(), workspace.logical_pages),
-            tree_mask: at(workspace.tree_mask),
-            alibi_slopes: optional(spec.alibi_slopes.is_some(), workspace.alibi_slopes),
-            sink_logits,
-            partials: at(workspace.partials),
-            score: spec.score_params(),
-            group,
-            page_size: Divisor::new(plan.page_size as u32),
-            head_dim: spec.head_dim as u32,
-            v_head_dim: spec.v_head_dim as u32,
-            section: plan.section as u32,
-        };
         let decode = DecodeParams {
             attention: params,
             ranges: at(workspace.ranges),
@@ -224,17 +236,44 @@ impl Gpu {
         let most_rows = merges.iter().map(|m| m.row_end - m.row_start).max().unwrap_or(0);
         let merge = MergePartialsParams {
             out: params.out,
-            lse,
+            lse: params.lse,
             items: at(workspace.merges) + (plan.range_merges * size_of::<MergeItem>()) as u64,
             sequences: params.sequences,
-            sink_logits,
+            sink_logits: params.sink_logits,
             partials: params.partials,
             splits: at(workspace.splits),
-            group,
+            group: params.group,
             v_head_dim: spec.v_head_dim as u32,
         };
         let name = if dtype == DType::BF16 { "merge_partials_bf16" } else { "merge_partials_f16" };
         self.launch(name, [merges.len(), (most_rows as usize).div_ceil(ROWS_PER_CTA)], words(&merge))
+    }
+
+    pub(super) fn run_page_mass(&self, call: PageMassCall<'_>) -> Result<()> {
+        let PageMassCall { spec, plan, workspace: storage, q, k, lse, mass } = call;
+        const OP: &str = "page_mass";
+        let dtype = same_half(OP, &[("q", &q), ("k", &k)])?;
+        aligned(OP, "q", &q, 16)?;
+        aligned(OP, "k", &k, 16)?;
+        let rows = [token_rows(Some(&q)), token_rows(None), token_rows(Some(&lse.0))];
+        let mass = mass.as_view();
+        let most = plan.own_sequences().iter().map(|s| (s.kv_len as usize).div_ceil(plan.page_size)).max();
+        let page_ctas = most.unwrap_or(0).div_ceil(ROWS_PER_CTA);
+        let params = PageMassParams {
+            attention: Workspace::new(spec, plan).params(
+                spec,
+                plan,
+                storage,
+                rows,
+                (page_rows(&k), NO_PAGES),
+            ),
+            mass: mass.ptr() as u64,
+            mass_head: 4 * mass.strides()[0] as u64,
+            page_ctas: page_ctas as u32,
+            reserved: 0,
+        };
+        let name = if dtype == DType::BF16 { "page_mass_bf16" } else { "page_mass_f16" };
+        self.launch(name, [plan.own_sequences().len() * page_ctas, spec.num_kv_heads], words(&params))
     }
 
     /// A launch of no CTAs is none.

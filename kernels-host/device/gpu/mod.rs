@@ -124,6 +124,10 @@ impl Backend for Gpu {
         self.run_attention(call)
     }
 
+    fn page_mass(&self, call: PageMassCall<'_>) -> Result<()> {
+        self.run_page_mass(call)
+    }
+
     fn merge(&self, call: MergeCall<'_>) -> Result<()> {
         self.run_merge(call)
     }
