@@ -66,6 +66,7 @@ impl PlanLimits {
 
 impl Plan {
     /// Lengths of the parts, or the room that is kept for them.
+    #[cfg_attr(not(any(feature = "cuda", feature = "sim", test)), allow(dead_code))]
     pub(crate) fn sizes(&self) -> PlanSizes {
         self.reserved.unwrap_or(PlanSizes {
             items: self.items.len(),

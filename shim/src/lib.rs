@@ -6,6 +6,7 @@
 
 pub mod error;
 pub mod model;
+pub mod perplexity;
 pub mod scheduler;
 pub mod sequence;
 pub mod serve;

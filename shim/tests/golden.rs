@@ -7,9 +7,10 @@ mod common;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use ferroflash::Device;
+use ferroflash::{DType, Device, KvFormat};
 use ferroflash_serve::Model;
 use ferroflash_serve::model::forward::{Buffers, Caches, Step};
+use ferroflash_serve::perplexity::{Setting, losses, perplexity};
 use serde_json::{Value, json};
 
 /// Largest difference of a logit allowed: both sides are f32 throughout, and differ in the order of
@@ -88,6 +89,7 @@ fn logits_after_the_prompt_are_the_references() {
             page_tables: vec![(0..spec.num_pages as u32).collect()],
             tail_slots: Vec::new(),
             logits_rows: vec![n - 1],
+            page_budget: None,
             tokens,
         };
         model.forward(&step, &mut caches, &mut buffers).unwrap();
@@ -124,4 +126,23 @@ fn greedy_text_is_the_references() {
         whole += (got == text) as usize;
     }
     println!("{whole} of {} texts are equal to their end", cases.len());
+}
+
+/// int4 KV while generating, against 16-bit KV: what it costs in perplexity on a text that is in the public domain.
+#[test]
+fn int4_keeps_the_perplexity() {
+    let Some(model) = smollm2() else { return };
+    let text = include_str!("../../benches/accuracy/esther.txt");
+    let mut tokens = model.text.encode(text).unwrap();
+    tokens.truncate(1024);
+    let dense = Setting { format: KvFormat::Float(DType::BF16), page_size: 64, chunk: 128, sparse: None };
+    let int4 = Setting { format: KvFormat::Int4 { num_tails: 1 }, chunk: 1, ..dense };
+    let [dense, int4] = [dense, int4].map(|setting| perplexity(&losses(&model, &tokens, setting).unwrap()));
+    println!(
+        "perplexity of {} tokens: bf16 {dense:.4}, int4 {int4:.4}, {:+.2}%",
+        tokens.len(),
+        100.0 * (int4 / dense - 1.0)
+    );
+    assert!(dense > 2.0 && dense < 60.0, "the text is predicted, and not by heart");
+    assert!(int4 <= 1.02 * dense);
 }

@@ -49,6 +49,7 @@ fn logits(model: &Model, tokens: &[u32]) -> Vec<f32> {
             page_tables: vec![(0..done.div_ceil(8) as u32).map(|p| 63 - p).collect()],
             tail_slots: Vec::new(),
             logits_rows: vec![chunk.len() - 1],
+            page_budget: None,
         };
         model.forward(&step, &mut caches, &mut buffers).unwrap();
     }

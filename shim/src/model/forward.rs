@@ -3,6 +3,7 @@
 use ferroflash::op::append_kv::AppendPlan;
 use ferroflash::op::attention::AttentionPlan;
 use ferroflash::op::layer::{embedding, rms_norm, rms_norm_in_place, silu_mul};
+use ferroflash::op::select_pages::{PageBudget, SparsePlan};
 use ferroflash::{
     AttentionSpec, Batch, DType, Device, KvCache, KvCacheSpec, KvTable, Splits, Tensor, View, ViewMut,
 };
@@ -29,6 +30,14 @@ pub struct Step {
     pub tail_slots: Vec<u32>,
     /// Rows of `tokens` whose logits are wanted.
     pub logits_rows: Vec<usize>,
+    /// Pages that each KV head attends to, in a step of one new token a sequence over caches with summaries; `None`: all.
+    pub page_budget: Option<PageBudget>,
+}
+
+/// One step's attention.
+enum Attention {
+    Dense(AttentionPlan),
+    Sparse(SparsePlan),
 }
 
 /// The KV cache of all layers.
@@ -129,7 +138,11 @@ impl Model {
         };
         let batch = Batch { tail_slots: &step.tail_slots, ..Batch::new(&step.qo_indptr, table) };
         let append = AppendPlan::from_batch(device, &spec, Some(&config.rope), &batch)?;
-        let mut attention = AttentionPlan::new(device, &spec, &batch, Splits::Fixed(SPLIT))?;
+        let splits = Splits::Fixed(SPLIT);
+        let mut attention = match step.page_budget {
+            None => Attention::Dense(AttentionPlan::new(device, &spec, &batch, splits)?),
+            Some(budget) => Attention::Sparse(SparsePlan::new(device, &spec, &batch, budget, splits)?),
+        };
 
         let weights = &self.weights;
         embedding(device, weights.embedding.view(), &step.tokens, rows_mut(&mut buffers.residual, tokens)?)?;
@@ -170,7 +183,7 @@ impl Model {
         layer: usize,
         tokens: usize,
         append: &AppendPlan,
-        attention: &mut AttentionPlan,
+        attention: &mut Attention,
         caches: &mut Caches,
         buffers: &mut Buffers,
     ) -> Result<()> {
@@ -188,7 +201,16 @@ impl Model {
         let (k, v) = (kv.narrow(1, 0, kv_heads)?, kv.narrow(1, kv_heads, kv_heads)?);
         append.run(Some(q.reborrow()), k, v, cache.view_mut())?;
         let out = buffers.attention.reshaped_mut(&[tokens, q_heads, dim])?;
-        Ok(attention.run(q.as_view(), cache.view(), out, None)?)
+        match attention {
+            Attention::Dense(plan) => plan.run(q.as_view(), cache.view(), out, None)?,
+            Attention::Sparse(plan) => {
+                if let Some(summaries) = cache.summaries() {
+                    plan.select(q.as_view(), summaries)?;
+                }
+                plan.run(q.as_view(), cache.view(), out, None)?;
+            }
+        }
+        Ok(())
     }
 
     /// `residual += hidden; hidden = norm(residual)`.
