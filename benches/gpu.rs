@@ -75,7 +75,16 @@ fn main() -> Result<()> {
         sparse(&device, 65536, 2048)?;
     }
     if wanted("tree") {
+        // Beside decoding one token over the same prefix.
+        decode(&device, 1, 32768, 16, KvFormat::Float(DType::BF16))?;
         tree(&device, 32768, 64)?;
+    }
+    if wanted("cascade") {
+        // Beside as many sequences of that length that share nothing.
+        cascade(&device, 64, 32768, 128)?;
+        if !quick {
+            decode(&device, 64, 32768 + 128, 64, KvFormat::Float(DType::BF16))?;
+        }
     }
     Ok(())
 }
@@ -331,6 +340,33 @@ fn sparse(device: &Device, len: usize, budget: usize) -> Result<()> {
         plan.run(q.view(), cache.view(), out.view_mut(), None)
     })?;
     println!("{{\"op\":\"sparse\",\"len\":{len},\"budget\":{budget},\"page_size\":{page_size},\"ms\":{ms}}}");
+    Ok(())
+}
+
+/// Sequences of `own` tokens each behind one prefix.
+fn cascade(device: &Device, batch: usize, prefix: usize, own: usize) -> Result<()> {
+    let (spec, page_size) = (AttentionSpec::new(32, 8, 128).causal(), 64);
+    let pages = |tokens: usize| tokens / page_size;
+    let (shared, rest) = (pages(prefix), pages(own));
+    let shape = [shared + batch * rest, 8, page_size, 128];
+    let (k, v) = (random(device, &shape, 4)?, random(device, &shape, 5)?);
+    let all = scattered(shape[0]);
+    let table: Vec<u32> = (0..batch)
+        .flat_map(|i| all[..shared].iter().chain(&all[shared + i * rest..][..rest]).copied())
+        .collect();
+    let indptr: Vec<u32> = (0..=batch as u32).collect();
+    let seq_lens = vec![(prefix + own) as u32; batch];
+    let kv =
+        KvTable::Block { page_size, block_table: &table, max_blocks: shared + rest, seq_lens: &seq_lens };
+    let mut plan = AttentionPlan::new(device, &spec, &Batch::new(&indptr, kv), Splits::Auto)?;
+    let q = random(device, &[batch, 32, 128], 9)?;
+    let mut out = Tensor::zeros(device, DType::BF16, &[batch, 32, 128])?;
+    let kv = Kv::Paged { k: k.view(), v: v.view() };
+    let ms = median(device, |_| plan.run(q.view(), kv, out.view_mut(), None))?;
+    let levels = plan.plan().shared_prefixes().len();
+    println!(
+        "{{\"op\":\"cascade\",\"batch\":{batch},\"prefix\":{prefix},\"own\":{own},\"page_size\":{page_size},\"prefixes\":{levels},\"ms\":{ms}}}"
+    );
     Ok(())
 }
 

@@ -215,6 +215,11 @@ impl Code {
         i.target.into_iter().chain(next.filter(|&n| n < self.instructions.len()))
     }
 
+    /// Every instruction's operation, with what its dots say.
+    pub(crate) fn operations(&self) -> impl Iterator<Item = &str> {
+        self.instructions.iter().map(|i| i.text.split(' ').next().unwrap_or_default())
+    }
+
     /// Whether there are instructions on local memory.
     pub(crate) fn spills(&self) -> bool {
         self.instructions.iter().any(|i| matches!(i.name(), "LDL" | "STL"))

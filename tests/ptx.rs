@@ -160,6 +160,36 @@ fn mix(round: &Loop) -> String {
     format!("{} instructions: {}", round.instructions, counts.join(", "))
 }
 
+/// Decoding copies 16 bytes at a time, and keeps more of them on their way than an SM needs to hide the memory's latency.
+#[test]
+fn decoding_keeps_the_memory_busy() {
+    use ferroflash_kernels::abi::{DECODE_SLOTS, DECODE_WARPS};
+    let Some(tools) = Tools::find() else { return };
+    let scratch = root().join("target/decode-checks");
+    fs::create_dir_all(&scratch).unwrap();
+    // An H200: 4.8 TB/s (NVIDIA's data sheet) over 132 SMs; a latency of 1 us under load is assumed.
+    let needed = 4.8e12 / 132.0 * 1e-6;
+    let (manifest, files) = (manifest(), committed());
+    for (head_dim, slots) in DECODE_SLOTS {
+        let file = format!("decode_d{head_dim}_sm_80.ptx");
+        let assembled = tools.assemble(&file, &files[&file], "sm_90", &scratch).unwrap();
+        for entry in manifest.entries.iter().filter(|e| e.file_name() == file) {
+            let registers = assembled.entries[&entry.name].registers;
+            // 65536 registers, 228 KiB of shared memory, of which each CTA has 1 KiB more.
+            let ctas = (REGISTERS / (entry.threads * registers.next_multiple_of(8)))
+                .min((228 << 10) / (entry.shared_bytes + 1024));
+            let flight = ctas as usize * DECODE_WARPS * (slots - 1) * 16 * 2 * head_dim;
+            println!("{:20} {ctas} CTAs an SM, {flight} bytes on their way, {needed:.0} needed", entry.name);
+            assert!(flight as f64 >= needed, "{}", entry.name);
+        }
+        for (name, code) in tools.disassemble(&assembled).unwrap() {
+            let copies = code.operations().filter(|op| op.starts_with("LDGSTS")).collect::<Vec<_>>();
+            assert!(!copies.is_empty(), "{name}");
+            assert!(copies.iter().all(|op| op.ends_with(".128")), "{name}: {copies:?}");
+        }
+    }
+}
+
 /// The committed table `ptx/sass_sm_90a.txt` is what the committed PTX gives, or better; nothing in a main loop is
 /// waste that we know of.
 #[test]

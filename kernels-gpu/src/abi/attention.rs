@@ -220,6 +220,9 @@ pub const fn partial_stride(v_head_dim: usize) -> usize {
 /// Packed query rows of one decode tile.
 pub const DECODE_ROWS: usize = 16;
 
+/// Stages of 16 tokens in a decode warp's ring, by the kernel's `head_dim`; all but one are on their way.
+pub const DECODE_SLOTS: [(usize, usize); 5] = [(64, 8), (96, 6), (128, 4), (192, 3), (256, 2)];
+
 /// Warps of a decode CTA, which take turns at the blocks of its items.
 pub const DECODE_WARPS: usize = 4;
 

@@ -287,6 +287,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn decode_entries_have_the_slots() {
+        for (head_dim, slots) in DECODE_SLOTS {
+            for dtype in ["f16", "bf16"] {
+                let name = std::format!("decode_{dtype}_d{head_dim}");
+                let entry = ENTRIES.iter().find(|e| e.name == name).unwrap();
+                assert_eq!(entry.threads as usize, 32 * DECODE_WARPS);
+                // Rings, and a state of 16 rows in f32; beside these, rows' addresses, places and a state's maxima and sums.
+                let stages = DECODE_WARPS * slots * 16 * 2 * head_dim;
+                let rest = entry.shared_bytes as usize - stages - 64 * head_dim;
+                assert!((1024 * DECODE_WARPS..1536 * DECODE_WARPS).contains(&rest), "{name}: {rest}");
+            }
+        }
+    }
+
+    #[test]
     fn hoppers_prefill_entries_are_the_tiles() {
         let entries = || ENTRIES.iter().filter(|e| e.name.starts_with("prefill_sm90"));
         assert_eq!(entries().count(), 4 * PREFILL_SM90.len());

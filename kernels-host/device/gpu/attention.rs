@@ -8,7 +8,7 @@ use ferroflash_kernels::abi::{
 use super::append::{check_int4, int4_rows};
 use super::driver::{Launch, bytes, words};
 use super::params::{NO_PAGES, aligned, page_rows, ragged_rows, same_half, token_rows};
-use super::{Gpu, Offsets};
+use super::{CTAS_PER_PROCESSOR, Gpu, Offsets};
 use crate::device::{AttentionCall, PageMassCall, Storage};
 use crate::error::Result;
 use crate::kv_cache::{Kv, int4_v_group};
@@ -157,6 +157,13 @@ fn range_items(plan: &Plan) -> usize {
 }
 
 impl Gpu {
+    /// Decode CTAs that are on a multiprocessor together: those that stay should all be there at once.
+    pub(super) fn decode_ctas(&self, spec: &AttentionSpec) -> usize {
+        // Those of both types are alike.
+        let entry = entry(&DECODE, DType::BF16, spec.head_dim);
+        self.driver.resident_ctas(entry).clamp(1, CTAS_PER_PROCESSOR)
+    }
+
     pub(super) fn plan_workspace(&self, spec: &AttentionSpec, plan: &Plan) -> Result<Storage> {
         let workspace = Workspace::new(spec, plan);
         let memory = self.memory(workspace.bytes)?;

@@ -16,7 +16,7 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaGraph, CudaStream, DriverError,
 use ferroflash_kernels::abi::{TensorMap, TensorMapSpec};
 
 use super::cuda_library::{EncodeTiled, library};
-use super::driver::{Driver, Hopper, Launch};
+use super::driver::{Driver, Hopper, Launch, ctas_in};
 use super::ptx;
 use crate::device::DeviceId;
 use crate::error::{Error, Result};
@@ -35,6 +35,8 @@ pub(crate) struct CudaDriver {
     stream: Arc<CudaStream>,
     description: String,
     processors: usize,
+    /// Shared memory of each.
+    shared_bytes: usize,
     /// Most dynamic shared memory that a CTA may have.
     max_shared: u32,
     hopper: Option<(Hopper, EncodeTiled)>,
@@ -95,6 +97,7 @@ impl CudaDriver {
         }
         let name = context.name().map_err(|e| unavailable(words(e)))?;
         let processors = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let shared_bytes = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?;
         let max_shared = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let l2_bytes = ask(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?.max(0) as usize;
         // With a driver too old for tensor maps Hopper is a newer Ampere.
@@ -107,6 +110,7 @@ impl CudaDriver {
                 capability.0, capability.1
             ),
             processors: processors.max(1) as usize,
+            shared_bytes: shared_bytes.max(0) as usize,
             max_shared: max_shared.max(0) as u32,
             hopper: hopper.map(|encode| (Hopper { l2_bytes }, encode)),
             modules: ptx::MODULES.iter().map(|_| OnceLock::new()).collect(),
@@ -238,6 +242,11 @@ impl Driver for CudaDriver {
 
     fn processors(&self) -> usize {
         self.processors
+    }
+
+    fn resident_ctas(&self, entry: &'static str) -> usize {
+        let found = ptx::ENTRIES.iter().find(|e| e.name == entry);
+        found.map_or(0, |e| ctas_in(self.shared_bytes, e.shared_bytes))
     }
 
     fn bytes_of_launches(&self) -> u64 {

@@ -22,6 +22,8 @@ pub(crate) trait Driver: Send + Sync {
     fn description(&self) -> String;
     /// Streaming multiprocessors.
     fn processors(&self) -> usize;
+    /// CTAs of an entry that the shared memory of one has room for.
+    fn resident_ctas(&self, entry: &'static str) -> usize;
     /// Bytes that memory delivers in the time of two more launches.
     fn bytes_of_launches(&self) -> u64;
     /// Zeroed memory, 256-byte aligned.
@@ -44,6 +46,12 @@ pub(crate) trait Driver: Send + Sync {
 pub(crate) struct Hopper {
     /// Bytes of the L2 cache.
     pub(crate) l2_bytes: usize,
+}
+
+/// CTAs of so many bytes that a multiprocessor's shared memory has room for: each takes 1 KiB more (CUDA programming guide,
+/// compute capabilities).
+pub(crate) fn ctas_in(shared_bytes: usize, cta: u32) -> usize {
+    shared_bytes / (cta as usize + 1024)
 }
 
 /// A parameter struct as words.

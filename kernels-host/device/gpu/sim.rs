@@ -7,7 +7,7 @@ use ferroflash_kernels::abi::{TensorMap, TensorMapSpec};
 use ferroflash_kernels::kernels::{ALTERNATIVES, ENTRIES};
 use ferroflash_kernels::sim::{self, Kernel, Memory, Stats};
 
-use super::driver::{Driver, Hopper, Launch};
+use super::driver::{Driver, Hopper, Launch, ctas_in};
 use crate::device::DeviceId;
 use crate::error::{Error, Result};
 
@@ -57,6 +57,11 @@ impl Driver for SimDriver {
     fn processors(&self) -> usize {
         // Few enough that plans of small tests are both split and not.
         4
+    }
+
+    fn resident_ctas(&self, entry: &'static str) -> usize {
+        // As much shared memory as on Hopper.
+        ENTRIES.iter().find(|e| e.name == entry).map_or(0, |e| ctas_in(228 << 10, e.shared_bytes))
     }
 
     fn bytes_of_launches(&self) -> u64 {
