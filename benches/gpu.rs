@@ -71,6 +71,11 @@ fn main() -> Result<()> {
             decode(&device, batch, len, 64, KvFormat::Int4 { num_tails: batch })?;
         }
     }
+    if wanted("mla") {
+        for (heads, batch, len) in [(16, 1, 32768), (16, 64, 4096), (128, 64, 4096)] {
+            mla(&device, heads, batch, len)?;
+        }
+    }
     if wanted("sparse") {
         sparse(&device, 65536, 2048)?;
     }
@@ -340,6 +345,33 @@ fn sparse(device: &Device, len: usize, budget: usize) -> Result<()> {
         plan.run(q.view(), cache.view(), out.view_mut(), None)
     })?;
     println!("{{\"op\":\"sparse\",\"len\":{len},\"budget\":{budget},\"page_size\":{page_size},\"ms\":{ms}}}");
+    Ok(())
+}
+
+/// Latent attention with DeepSeek's channels; 16 heads are a share of 128 on eight GPUs.
+fn mla(device: &Device, heads: usize, batch: usize, len: usize) -> Result<()> {
+    let (page_size, dim, v_dim) = (64, 576, 512);
+    let spec = AttentionSpec::new(heads, 1, dim).v_head_dim(v_dim).causal();
+    let pages = batch * len / page_size;
+    let copies = (ROTATE_BYTES / (batch * len * dim * 2)).clamp(1, 8);
+    let latents: Vec<Tensor> = (0..copies)
+        .map(|i| random(device, &[pages, 1, page_size, dim], 6 + i as u64))
+        .collect::<Result<_>>()?;
+    let (table, seq_lens) = (scattered(pages), vec![len as u32; batch]);
+    let indptr: Vec<u32> = (0..=batch as u32).collect();
+    let kv =
+        KvTable::Block { page_size, block_table: &table, max_blocks: len / page_size, seq_lens: &seq_lens };
+    let mut plan = AttentionPlan::new(device, &spec, &Batch::new(&indptr, kv), Splits::Auto)?;
+    let q = random(device, &[batch, heads, dim], 9)?;
+    let mut out = Tensor::zeros(device, DType::BF16, &[batch, heads, v_dim])?;
+    let ms = median(device, |i| {
+        let k = latents[i % copies].view();
+        plan.run(q.view(), Kv::Paged { k, v: k.narrow(3, 0, v_dim)? }, out.view_mut(), None)
+    })?;
+    let gbps = (batch * len * dim * 2) as f64 / ms as f64 / 1e6;
+    println!(
+        "{{\"op\":\"mla\",\"heads\":{heads},\"batch\":{batch},\"len\":{len},\"page_size\":{page_size},\"ms\":{ms},\"gbps\":{gbps}}}"
+    );
     Ok(())
 }
 

@@ -15,7 +15,8 @@ pub struct AttentionSpec {
     pub num_q_heads: usize,
     /// KV heads.
     pub num_kv_heads: usize,
-    /// Channels per head of queries and keys: a multiple of 8, at most 256.
+    /// Channels per head of queries and keys: a multiple of 8, at most 256; with one KV head and `v_head_dim` up to 512, at
+    /// most 576 (multi-head latent attention: DeepSeek's 576 and 512; on a GPU V is then a view of K's first channels).
     pub head_dim: usize,
     /// Channels per head of values and outputs: a multiple of 8, at most `head_dim`. [`AttentionSpec::new`] sets
     /// `head_dim`; fewer are for views of K and V (DeepSeek's 192 and 128), not for int4 KV.
@@ -80,6 +81,19 @@ impl AttentionSpec {
         self.num_q_heads / self.num_kv_heads
     }
 
+    /// Whether this is latent attention: heads too wide for other kernels.
+    pub(crate) fn is_latent(&self) -> bool {
+        self.head_dim > 256 && self.num_kv_heads == 1 && self.v_head_dim <= 512
+    }
+
+    /// For operations that have no latent form.
+    pub(crate) fn check_not_latent(&self, op: &'static str) -> Result<()> {
+        if self.is_latent() {
+            return Err(Error::value(op, "head_dim", "at most 256", self.head_dim));
+        }
+        Ok(())
+    }
+
     pub(crate) fn score_params(&self) -> ScoreParams {
         ScoreParams {
             scale: self.softmax_scale,
@@ -100,8 +114,11 @@ impl AttentionSpec {
                 format_args!("{heads:?}"),
             ));
         }
-        if self.head_dim == 0 || self.head_dim > 256 || !self.head_dim.is_multiple_of(8) {
-            return Err(Error::value(op, "head_dim", "a multiple of 8 from 8 to 256", self.head_dim));
+        let most = if self.is_latent() { 576 } else { 256 };
+        if self.head_dim == 0 || self.head_dim > most || !self.head_dim.is_multiple_of(8) {
+            let expected =
+                "a multiple of 8 from 8 to 256, or to 576 with one KV head and v_head_dim of 512 at most";
+            return Err(Error::value(op, "head_dim", expected, self.head_dim));
         }
         if self.v_head_dim == 0 || self.v_head_dim > self.head_dim || !self.v_head_dim.is_multiple_of(8) {
             let expected = format_args!("a multiple of 8 from 8 to head_dim, {}", self.head_dim).to_string();

@@ -17,7 +17,7 @@ import sys
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
-TESTS = ["conformance", "conformance_sm90", "cuda", "attention", "append", "int4", "sparse", "layer", "limits", "cascade", "page_mass"]
+TESTS = ["conformance", "conformance_sm90", "cuda", "attention", "append", "int4", "sparse", "layer", "limits", "cascade", "page_mass", "mla"]
 # Small, and together every family.
 SANITIZED = [
     ("attention", "empty_rows"),

@@ -113,6 +113,7 @@ impl AppendPlan {
         tail_slots: Vec<u32>,
     ) -> Result<Self> {
         spec.check(OP)?;
+        spec.check_not_latent(OP)?;
         if spec.v_head_dim != spec.head_dim {
             let expected =
                 format_args!("head_dim, {}: appends write K and V alike", spec.head_dim).to_string();

@@ -31,6 +31,7 @@ impl AttentionPlan {
     ) -> Result<()> {
         let (device, spec, plan) = (self.device(), self.spec(), self.plan());
         let door = Door { op: OP, device };
+        spec.check_not_latent(OP)?;
         let Kv::Paged { k, .. } = &kv else {
             return Err(Error::value(OP, "kv", "float pages", "ragged or int4 KV"));
         };

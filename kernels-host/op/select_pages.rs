@@ -60,6 +60,7 @@ impl SparsePlan {
         splits: Splits,
     ) -> Result<Self> {
         let all = Plan::lengths(OP, spec, batch)?;
+        spec.check_not_latent(OP)?;
         if all.page_size == 0 {
             return Err(Error::value(OP, "batch.kv", "a page table", "ragged KV"));
         }

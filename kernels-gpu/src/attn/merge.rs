@@ -23,20 +23,36 @@ pub(crate) struct Merging<'a> {
 }
 
 impl Merging<'_> {
-    /// Merges packed row `row` of the item, by a warp.
+    /// Merges packed row `row` of the item, by a warp. `WIDE`: whether there may be more than 256 channels.
     ///
     /// # Safety
     /// The states are written and visible, the row is in the item and this warp's alone.
     #[inline(always)]
     #[track_caller]
-    pub(crate) unsafe fn row<T: Half>(&self, item: &MergeItem, seq: &Sequence, row: u32) {
+    pub(crate) unsafe fn row<T: Half, const WIDE: bool>(&self, item: &MergeItem, seq: &Sequence, row: u32) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            self.channels::<T>(item, seq, row, 0);
+            if WIDE && self.v_head_dim > 256 {
+                self.channels::<T>(item, seq, row, 256);
+            }
+        }
+    }
+
+    /// As [`Merging::row`], 256 channels from `from`.
+    ///
+    /// # Safety
+    /// As there.
+    #[inline(always)]
+    #[track_caller]
+    unsafe fn channels<T: Half>(&self, item: &MergeItem, seq: &Sequence, row: u32, from: u32) {
         // Opaque: what follows from it is not computed ahead of the kernel's loops.
         let lane = isa::opaque(isa::thread_x()) % 32;
         let stride = 4 * partial_stride(self.v_head_dim as usize) as u64;
         let first = self.partials + (row - item.row_start) as u64 * stride;
         let splits = self.splits + 4 * item.splits as u64;
         // Lane `i` holds channels `64 c + 2 i` and `+ 1`.
-        let channel = |c: usize| 64 * c as u32 + 2 * lane;
+        let channel = |c: usize| from + 64 * c as u32 + 2 * lane;
         let mut o = [[0.0f32; 2]; 4];
         let (mut m, mut l) = (f32::NEG_INFINITY, 0.0);
         let mut split = 0;
@@ -84,7 +100,7 @@ impl Merging<'_> {
                 };
             }
         }
-        if self.lse.base != 0 && lane == 0 {
+        if self.lse.base != 0 && lane == 0 && from == 0 {
             // SAFETY: as above.
             unsafe { isa::st_global_1(self.lse.at(token, head), [lse.to_bits()]) };
         }

@@ -18,7 +18,7 @@ use crate::attn::rows::{Place, load_item, read_struct};
 use crate::attn::softmax::{self, Logits, Scores, State, rescale};
 use crate::isa;
 use crate::kernels::prefill::copy_q;
-use crate::sched::{STAGE, Unit, Units, WarpRing};
+use crate::sched::{BlockRing, STAGE, Units, stages};
 use crate::tile::fragment::c_to_a;
 use crate::tile::{Half, SharedTile};
 
@@ -58,7 +58,7 @@ impl<const CHUNKS: u32, const TILES: usize, const SLOTS: u32> Plan<CHUNKS, TILES
     const LAST: u32 = Self::PLACE + Place::BYTES;
     const TURN: u32 = Self::LAST + 4;
     const RINGS: u32 = (Self::TURN + 4).next_multiple_of(128);
-    const BYTES: u32 = Self::RINGS + WARPS * WarpRing::<CHUNKS, SLOTS>::BYTES;
+    const BYTES: u32 = Self::RINGS + WARPS * BlockRing::<WARPS, CHUNKS, SLOTS>::BYTES;
 }
 
 /// The kernel. `TILES` is `CHUNKS`, as a length.
@@ -78,9 +78,9 @@ pub(super) unsafe fn body<T: Half, const CHUNKS: u32, const TILES: usize, const 
     let base = isa::shared_base();
     let q = SharedTile::<CHUNKS>::new(base);
     let place = Place::new(p, base + Plan::<CHUNKS, TILES, SLOTS>::PLACE);
-    let ring = base + Plan::<CHUNKS, TILES, SLOTS>::RINGS + warp * WarpRing::<CHUNKS, SLOTS>::BYTES;
+    let ring = base + Plan::<CHUNKS, TILES, SLOTS>::RINGS + warp * BlockRing::<WARPS, CHUNKS, SLOTS>::BYTES;
     // SAFETY: the plan gives each warp its ring; the host has checked the items' KV.
-    let mut ring = unsafe { WarpRing::<CHUNKS, SLOTS>::start(p, first, last, ring) };
+    let mut ring = unsafe { BlockRing::<WARPS, CHUNKS, SLOTS>::start(p, first, last, ring) };
     let rows = place.rows(0);
     let logits = Logits::new(&p.score, p.alibi_slopes != 0);
     let output = Output { p, channel: 0, leads: true };
@@ -102,7 +102,7 @@ pub(super) unsafe fn body<T: Half, const CHUNKS: u32, const TILES: usize, const 
         let units_of = |item: &WorkItem| {
             // SAFETY: written before the barrier.
             let [turn] = unsafe { isa::ld_shared_1(turn_at) };
-            Units::new(p, item, turn, isa::opaque(isa::thread_x()) / 32)
+            Units::<WARPS>::new(p, item, turn, isa::opaque(isa::thread_x()) / 32)
         };
         let mut units = units_of(&item);
         let mut unit = units.next();
@@ -110,11 +110,10 @@ pub(super) unsafe fn body<T: Half, const CHUNKS: u32, const TILES: usize, const 
             // A part: all of the warp's blocks, or one section.
             let mut state = State::EMPTY;
             let mut o: Accumulator<TILES> = [[0.0; 4]; TILES];
-            let Unit { index: section, mut at, end } = unit;
-            let mut writes = at < end;
+            let mut at = unit.at;
             while isa::agreed(at < unit.end) {
                 let mut s: Scores<8> = [[0.0; 4]; 8];
-                let stages = stages_of(unit.end - at);
+                let stages = stages(unit.end - at);
                 // Loops over stages, kept so: unrolled they would be the ring's code eight times. Registers move on.
                 let mut stage = 0;
                 while stage < isa::opaque(STAGES) {
@@ -166,16 +165,19 @@ pub(super) unsafe fn body<T: Half, const CHUNKS: u32, const TILES: usize, const 
                 }
             }
             let mut state = state.reduced();
+            // What the part is of the item, and whether this warp has it.
+            let (mut part, mut writes) = (units.index(unit.at), unit.at < unit.end);
             if p.section == 0 {
                 let all = units_of(&place.item().0);
                 let others = if all.count() < WARPS { all.count() } else { WARPS };
                 state = gather_states(base, all.place(), others, state, &mut o);
-                writes = all.place() == 0;
-            } else {
-                unit = units.next();
+                (part, writes) = (0, all.place() == 0);
             }
             if isa::agreed(writes) {
-                output.end_part::<T, TILES>(&rows, if p.section == 0 { 0 } else { section }, state, &o);
+                output.end_part::<T, TILES>(&rows, part, state, &o);
+            }
+            if p.section != 0 {
+                unit = units.next();
             }
             if isa::agreed(unit.at >= unit.end) {
                 break;
@@ -188,15 +190,8 @@ pub(super) unsafe fn body<T: Half, const CHUNKS: u32, const TILES: usize, const 
         turn = unsafe { isa::ld_shared_1(turn_at) }[0] + units_of(&item).count();
         // All have used Q and the place, and written their states.
         isa::bar_sync();
-        merge_if_last::<T>(params, &item, &seq, base + Plan::<CHUNKS, TILES, SLOTS>::LAST);
+        merge_if_last::<T, false>(params, &item, &seq, base + Plan::<CHUNKS, TILES, SLOTS>::LAST);
     }
-}
-
-/// Stages of K, and of V, of a block with this many tokens left to the end of its unit.
-#[inline(always)]
-fn stages_of(left: u32) -> u32 {
-    let stages = left.div_ceil(STAGE);
-    if stages < STAGES { stages } else { STAGES }
 }
 
 /// The warp at place 0 of the item's turns gets the merged state of the first `others` warps, in the order of their
@@ -251,7 +246,12 @@ fn gather_states<const TILES: usize>(
 /// Where the item is a part of its rows' KV: the CTA that has come last merges all parts.
 #[inline(always)]
 #[track_caller]
-fn merge_if_last<T: Half>(params: &DecodeParams, item: &WorkItem, seq: &Sequence, flag: u32) {
+pub(super) fn merge_if_last<T: Half, const WIDE: bool>(
+    params: &DecodeParams,
+    item: &WorkItem,
+    seq: &Sequence,
+    flag: u32,
+) {
     let p = &params.attention;
     if isa::agreed(item.merge == NO_MERGE) {
         return;
@@ -284,7 +284,7 @@ fn merge_if_last<T: Half>(params: &DecodeParams, item: &WorkItem, seq: &Sequence
     let mut row = merge.row_start + isa::thread_x() / 32;
     while isa::agreed(row < merge.row_end) {
         // SAFETY: all parts are written: their CTAs have come to the counter before; a row is one warp's.
-        unsafe { merging.row::<T>(&merge, seq, row) };
+        unsafe { merging.row::<T, WIDE>(&merge, seq, row) };
         row += WARPS;
     }
 }

@@ -27,6 +27,6 @@ pub(super) unsafe fn body<T: Half>(p: &MergePartialsParams) {
     };
     if row < item.row_end {
         // SAFETY: the attention kernel has written the states.
-        unsafe { merging.row::<T>(&item, &seq, row) };
+        unsafe { merging.row::<T, true>(&item, &seq, row) };
     }
 }

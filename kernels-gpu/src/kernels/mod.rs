@@ -5,6 +5,7 @@ mod conformance;
 mod conformance_sm90;
 mod decode;
 mod decode_int4;
+mod decode_mla;
 mod int4;
 mod layer;
 mod merge_partials;
@@ -165,6 +166,10 @@ entries! {
     "sm_80" "decode_d192" decode_bf16_d192(DecodeParams) = decode::body::<BF16, 24, 24, 3>, decode::Config<24, 24, 3>;
     "sm_80" "decode_d256" decode_f16_d256(DecodeParams) = decode::body::<F16, 32, 32, 2>, decode::Config<32, 32, 2>;
     "sm_80" "decode_d256" decode_bf16_d256(DecodeParams) = decode::body::<BF16, 32, 32, 2>, decode::Config<32, 32, 2>;
+    "sm_80" "decode_mla" decode_mla_f16(DecodeParams) = decode_mla::body::<F16, 4>, decode_mla::Config<4>;
+    "sm_80" "decode_mla" decode_mla_bf16(DecodeParams) = decode_mla::body::<BF16, 4>, decode_mla::Config<4>;
+    "sm_80" "decode_mla" decode_mla_f16_large(DecodeParams) = decode_mla::body::<F16, 7>, decode_mla::Config<7>;
+    "sm_80" "decode_mla" decode_mla_bf16_large(DecodeParams) = decode_mla::body::<BF16, 7>, decode_mla::Config<7>;
     "sm_80" "prefill_int4_d64" prefill_int4_f16_d64(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 8, 128, 3>, 8, 8, 2, 4>, prefill::Config<Int4Ring<'static, 8, 128, 3>, 8, 2, 4>;
     "sm_80" "prefill_int4_d64" prefill_int4_bf16_d64(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 8, 128, 3>, 8, 8, 2, 4>, prefill::Config<Int4Ring<'static, 8, 128, 3>, 8, 2, 4>;
     "sm_80" "prefill_int4_d96" prefill_int4_f16_d96(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 12, 128, 3>, 12, 12, 2, 4>, prefill::Config<Int4Ring<'static, 12, 128, 3>, 12, 2, 4>;

@@ -1,51 +1,47 @@
-//! How the warps of a CTA share an item's KV.
+//! How workers share an item's KV: the warps of a CTA, or the CTA as one.
 
-use crate::abi::{AttentionParams, DECODE_WARPS, KV_BLOCK, WorkItem};
+use crate::abi::{AttentionParams, KV_BLOCK, WorkItem};
 use crate::isa;
 
-const WARPS: u32 = DECODE_WARPS as u32;
-
-/// An item's KV in units, blocks or the sections of a fixed split, which warps take in turn; this warp's that are left. An
+/// An item's KV in units, blocks or the sections of a fixed split, which `WORKERS` take in turn; this one's that are left. An
 /// item without KV has one unit, of which nothing is seen.
 #[derive(Clone, Copy)]
-pub(crate) struct Units {
+pub(crate) struct Units<const WORKERS: u32> {
     /// Tokens of a unit.
     pub(super) size: u32,
     /// Where the first one would begin if it were whole, where it does begin, and where the last ends.
     pub(super) first: u32,
     pub(super) start: u32,
     pub(super) end: u32,
-    /// This warp's next.
+    /// This worker's next.
     pub(super) next: u32,
 }
 
-/// A run of tokens, at least one, that one warp sums up in order.
+/// A run of tokens, at least one, that one worker sums up in order.
 #[derive(Clone, Copy)]
 pub(crate) struct Unit {
-    /// Among the item's.
-    pub(crate) index: u32,
     pub(crate) at: u32,
     pub(crate) end: u32,
 }
 
 impl Unit {
-    pub(crate) const NONE: Unit = Unit { index: 0, at: 0, end: 0 };
+    pub(crate) const NONE: Unit = Unit { at: 0, end: 0 };
 }
 
-impl Units {
+impl<const WORKERS: u32> Units<WORKERS> {
     /// `turn`: units of the items before, so that turns go on from item to item.
     #[inline(always)]
     #[track_caller]
-    pub(crate) fn new(p: &AttentionParams, item: &WorkItem, turn: u32, warp: u32) -> Self {
+    pub(crate) fn new(p: &AttentionParams, item: &WorkItem, turn: u32, worker: u32) -> Self {
         let size = if p.section == 0 { KV_BLOCK as u32 } else { p.section };
         let (start, end) = (item.kv_start, item.kv_end);
         let end = if end > start { end } else { start + 1 };
         let first = isa::div_rem(start, size).0 * size;
-        Units { size, first, start, end, next: warp.wrapping_sub(turn) % WARPS }
+        Units { size, first, start, end, next: worker.wrapping_sub(turn) % WORKERS }
     }
 
     /// No units.
-    pub(crate) const NONE: Units = Units { size: 1, first: 0, start: 0, end: 0, next: 0 };
+    pub(crate) const NONE: Self = Units { size: 1, first: 0, start: 0, end: 0, next: 0 };
 
     /// All units of the item.
     #[inline(always)]
@@ -53,13 +49,19 @@ impl Units {
         isa::div_rem(self.end - self.first - 1, self.size).0 + 1
     }
 
-    /// Place of this warp in the item's turns: the warp at place 0 takes the first unit.
+    /// Place of this worker in the item's turns: the one at place 0 takes the first unit.
     #[inline(always)]
     pub(crate) fn place(&self) -> u32 {
-        self.next % WARPS
+        self.next % WORKERS
     }
 
-    /// The warp's next unit; [`Unit::NONE`] after the last.
+    /// Which of the item's units begins at token `at`.
+    #[inline(always)]
+    pub(crate) fn index(&self, at: u32) -> u32 {
+        isa::div_rem(at.wrapping_sub(self.first), self.size).0
+    }
+
+    /// The worker's next unit; [`Unit::NONE`] after the last.
     #[inline(always)]
     pub(crate) fn next(&mut self) -> Unit {
         let index = self.next;
@@ -67,10 +69,9 @@ impl Units {
         if at >= self.end {
             return Unit::NONE;
         }
-        self.next += WARPS;
+        self.next += WORKERS;
         let end = at.saturating_add(self.size);
         Unit {
-            index,
             at: if at > self.start { at } else { self.start },
             end: if end < self.end { end } else { self.end },
         }

@@ -10,7 +10,7 @@ use super::driver::{Launch, bytes, words};
 use super::params::{NO_PAGES, aligned, page_rows, ragged_rows, same_half, token_rows};
 use super::{CTAS_PER_PROCESSOR, Gpu, Offsets};
 use crate::device::{AttentionCall, PageMassCall, Storage};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kv_cache::{Kv, int4_v_group};
 use crate::plan::Plan;
 use crate::spec::AttentionSpec;
@@ -38,6 +38,9 @@ macro_rules! family {
 
 const PREFILL: Family = family!("prefill");
 const DECODE: Family = family!("decode");
+/// By the shared memory that they need.
+const DECODE_MLA: [[&str; 2]; 2] =
+    [["decode_mla_f16", "decode_mla_f16_large"], ["decode_mla_bf16", "decode_mla_bf16_large"]];
 const PREFILL_INT4: Family = family!("prefill_int4");
 const DECODE_INT4: Family = family!("decode_int4");
 
@@ -160,8 +163,16 @@ impl Gpu {
     /// Decode CTAs that are on a multiprocessor together: those that stay should all be there at once.
     pub(super) fn decode_ctas(&self, spec: &AttentionSpec) -> usize {
         // Those of both types are alike.
-        let entry = entry(&DECODE, DType::BF16, spec.head_dim);
+        let entry = self.decode_entry(spec, DType::BF16);
         self.driver.resident_ctas(entry).clamp(1, CTAS_PER_PROCESSOR)
+    }
+
+    fn decode_entry(&self, spec: &AttentionSpec, dtype: DType) -> &'static str {
+        if !spec.is_latent() {
+            return entry(&DECODE, dtype, spec.head_dim);
+        }
+        let [small, large] = DECODE_MLA[(dtype == DType::BF16) as usize];
+        if self.driver.resident_ctas(large) > 0 { large } else { small }
     }
 
     pub(super) fn plan_workspace(&self, spec: &AttentionSpec, plan: &Plan) -> Result<Storage> {
@@ -192,6 +203,11 @@ impl Gpu {
                 same_half(op, &[("q", &q), ("k", k), ("v", v)])?;
                 aligned(op, "k", k, 16)?;
                 aligned(op, "v", v, 16)?;
+                let same = v.ptr() == k.ptr() && v.strides() == k.strides();
+                if spec.is_latent() && !same {
+                    let expected = "a view of k's first channels, for more than 256 channels on a GPU";
+                    return Err(Error::value(op, "v", expected, "memory of its own"));
+                }
                 let rows = |view| if plan.page_size == 0 { ragged_rows(view) } else { page_rows(view) };
                 (rows(k), rows(v))
             }
@@ -213,7 +229,7 @@ impl Gpu {
             arrivals: at(workspace.arrivals),
         };
         let ctas = plan.ranges.len().saturating_sub(1);
-        self.launch(entry(&DECODE, dtype, spec.head_dim), [ctas, 1], words(&decode))?;
+        self.launch(self.decode_entry(spec, dtype), [ctas, 1], words(&decode))?;
         let others = &plan.items[range_items(plan)..];
         params.items += (range_items(plan) * size_of::<WorkItem>()) as u64;
         match &kv {

@@ -82,7 +82,8 @@ impl Backend for Gpu {
             };
         }
         Schedule {
-            row_tile: prefill_rows(spec.head_dim),
+            // Latent attention has one kernel, for few rows.
+            row_tile: if spec.is_latent() { DECODE_ROWS } else { prefill_rows(spec.head_dim) },
             workers: CTAS_PER_PROCESSOR * processors,
             ranges,
             range_rows: DECODE_ROWS,

@@ -1,6 +1,6 @@
-//! K and V of one warp's blocks on their way through shared memory, without a break from item to item.
+//! K and V of one worker's blocks on their way through shared memory, without a break from item to item.
 
-use crate::abi::{AttentionParams, KV_BLOCK};
+use crate::abi::{AttentionParams, DECODE_WARPS, KV_BLOCK};
 use crate::attn::kv::PageList;
 use crate::attn::rows::load_item;
 use crate::isa;
@@ -13,15 +13,19 @@ pub(crate) const STAGE: u32 = 16;
 
 const BLOCK: u32 = KV_BLOCK as u32;
 
-/// Tokens of a block for each lane: it finds `lane` and `lane + 32`.
+/// Lanes of a CTA.
+const LANES: u32 = 32 * DECODE_WARPS as u32;
+
+/// Most tokens of a block for each lane: `lane` and, of a warp's, `lane + 32`.
 const PER_LANE: usize = KV_BLOCK / 32;
 
-/// A ring of `SLOTS` stages, each 16 tokens of K or V: of every block all of K, then all of V. It is one warp's: there is
-/// no barrier but the warp's own. While one stage is used up to `SLOTS - 1` are on their way, of the next items too; the
-/// pages of a block are looked up, once for K and V, while the block before it sets out.
+/// A ring of `SLOTS` stages, each 16 tokens of K or V: of every block all of K, then all of V; with one of `WORKERS = 1`, K
+/// alone, whose first channels are V. It is one worker's, a warp's (of four) or the CTA's: there is no barrier but the
+/// worker's own. While one stage is used up to `SLOTS - 1` are on their way, of the next items too; the pages of a block
+/// are looked up, once for K and V, while the block before it sets out.
 ///
 /// What is needed once a block stands in shared memory: registers are what limits the kernel.
-pub(crate) struct WarpRing<'a, const CHUNKS: u32, const SLOTS: u32> {
+pub(crate) struct BlockRing<'a, const WORKERS: u32, const CHUNKS: u32, const SLOTS: u32> {
     p: &'a AttentionParams,
     /// Slots; then the rows' addresses, of K and V, for each token of the block that copies set out for; then [`Walk`].
     base: u32,
@@ -38,20 +42,26 @@ pub(crate) struct WarpRing<'a, const CHUNKS: u32, const SLOTS: u32> {
 /// No block.
 const NONE: u32 = u32::MAX;
 
-/// Stages of K, and of V, of a block with so many tokens; one of zeros where there are none.
+/// Stages of K, and of V, of a block from which on there are so many tokens; one of zeros where there are none.
 #[inline(always)]
-fn stages(tokens: u32) -> u32 {
-    if tokens > 0 { tokens.div_ceil(STAGE) } else { 1 }
+pub(crate) fn stages(left: u32) -> u32 {
+    if left >= BLOCK {
+        BLOCK / STAGE
+    } else if left > 0 {
+        left.div_ceil(STAGE)
+    } else {
+        1
+    }
 }
 
 /// Which block is the next one, and which comes after it.
-struct Walk {
+struct Walk<const WORKERS: u32> {
     /// Next item, and one past the last.
     index: u32,
     last: u32,
-    /// Units of the items before the next, and the warp's in the one under way.
+    /// Units of the items before the next, and the worker's in the one under way.
     turn: u32,
-    units: Units,
+    units: Units<WORKERS>,
     at: u32,
     unit_end: u32,
     /// The item's.
@@ -62,14 +72,14 @@ struct Walk {
     pages: u64,
 }
 
-impl Walk {
+impl<const WORKERS: u32> Walk<WORKERS> {
     /// Shared bytes.
     const BYTES: u32 = 80;
 
     #[inline(always)]
     #[track_caller]
     fn load(at: u32) -> Self {
-        // SAFETY: written by `store` before a barrier of the warp.
+        // SAFETY: written by `store` before a barrier of the worker's.
         unsafe {
             let [index, last, turn, next] = isa::ld_shared_4(at);
             let [size, first, start, end] = isa::ld_shared_4(at + 16);
@@ -109,7 +119,7 @@ impl Walk {
             } else {
                 let (item, seq) = load_item(p, self.index);
                 self.index += 1;
-                self.units = Units::new(p, &item, self.turn, isa::thread_x() / 32);
+                self.units = Units::new(p, &item, self.turn, isa::thread_x() / (LANES / WORKERS));
                 self.turn += self.units.count();
                 self.kv_end = item.kv_end;
                 (self.k, self.v) = (p.k.head_base(&seq, &item), p.v.head_base(&seq, &item));
@@ -130,21 +140,25 @@ fn split(x: u64) -> [u32; 2] {
     [x as u32, (x >> 32) as u32]
 }
 
-impl<'a, const CHUNKS: u32, const SLOTS: u32> WarpRing<'a, CHUNKS, SLOTS> {
+impl<'a, const WORKERS: u32, const CHUNKS: u32, const SLOTS: u32> BlockRing<'a, WORKERS, CHUNKS, SLOTS> {
+    /// Lanes of the worker.
+    const LANES: u32 = LANES / WORKERS;
+    /// Whether K's rows are V's too.
+    const LATENT: bool = WORKERS == 1;
     const ROWS: u32 = SLOTS * SharedTile::<CHUNKS>::bytes(STAGE);
     const WALK: u32 = Self::ROWS + 16 * BLOCK;
 
     /// Shared bytes.
-    pub(crate) const BYTES: u32 = (Self::WALK + Walk::BYTES).next_multiple_of(128);
+    pub(crate) const BYTES: u32 = (Self::WALK + Walk::<WORKERS>::BYTES).next_multiple_of(128);
 
     /// Sets out with the first stages of the warp's blocks in items `first..last`.
     ///
     /// # Safety
-    /// `base` is [`WarpRing::BYTES`] of shared memory that nothing else uses; the items' KV is readable.
+    /// `base` is [`BlockRing::BYTES`] of shared memory that nothing else uses; the items' KV is readable.
     #[inline(always)]
     #[track_caller]
     pub(crate) unsafe fn start(p: &'a AttentionParams, first: u32, last: u32, base: u32) -> Self {
-        let walk = Walk {
+        let walk = Walk::<WORKERS> {
             index: first,
             last,
             turn: 0,
@@ -156,25 +170,26 @@ impl<'a, const CHUNKS: u32, const SLOTS: u32> WarpRing<'a, CHUNKS, SLOTS> {
             v: 0,
             pages: 0,
         };
-        if isa::thread_x().is_multiple_of(32) {
+        if isa::thread_x().is_multiple_of(Self::LANES) {
             walk.store(base + Self::WALK);
         }
         isa::bar_sync();
         let mut ring =
-            WarpRing { p, base, put: 0, tokens: 0, left: 0, next: NONE, found: [(0, 0); PER_LANE] };
+            BlockRing { p, base, put: 0, tokens: 0, left: 0, next: NONE, found: [(0, 0); PER_LANE] };
         ring.advance();
         ring.advance();
-        for _ in 0..SLOTS - 1 {
+        // With whole blocks in use there is a slot more to fill.
+        for _ in 0..if Self::LATENT { SLOTS } else { SLOTS - 1 } {
             ring.put();
         }
         ring
     }
 
-    /// A barrier of the warp.
+    /// A barrier of the worker's lanes.
     #[inline(always)]
     #[track_caller]
     fn sync(&self) {
-        isa::warp_sync();
+        if WORKERS == 1 { isa::bar_sync() } else { isa::warp_sync() }
     }
 
     #[inline(always)]
@@ -189,26 +204,31 @@ impl<'a, const CHUNKS: u32, const SLOTS: u32> WarpRing<'a, CHUNKS, SLOTS> {
         let p = self.p;
         let (rows, walk_at) = (self.base + Self::ROWS, self.base + Self::WALK);
         // Opaque: what follows from it is not computed ahead of the kernel's loops.
-        let lane = isa::opaque(isa::thread_x()) % 32;
-        let mut walk = Walk::load(walk_at);
+        let lane = isa::opaque(isa::thread_x()) % Self::LANES;
+        let mut walk = Walk::<WORKERS>::load(walk_at);
         // All have loaded it, and read the rows of the last block.
         self.sync();
         for i in 0..PER_LANE {
-            let ((page, offset), row) = (self.found[i], lane + 32 * i as u32);
+            let ((page, offset), row) = (self.found[i], lane + Self::LANES * i as u32);
+            if Self::LATENT && row >= BLOCK {
+                continue;
+            }
             let [k0, k1] = split(walk.k + page as u64 * p.k.page + offset as u64 * p.k.token);
             let [v0, v1] = split(walk.v + page as u64 * p.v.page + offset as u64 * p.v.token);
             // SAFETY: the ring's room for it, each token's by one lane.
             unsafe { isa::st_shared_4(rows + 16 * row, [k0, k1, v0, v1]) };
         }
-        (self.tokens, self.left) = (self.next, if self.next == NONE { 0 } else { 2 * stages(self.next) });
+        let of_stage = if Self::LATENT { 1 } else { 2 };
+        (self.tokens, self.left) =
+            (self.next, if self.next == NONE { 0 } else { of_stage * stages(self.next) });
         self.next = NONE;
         if let Some(at) = walk.step(p) {
             let left = walk.kv_end.saturating_sub(at);
             self.next = if left < BLOCK { left } else { BLOCK };
             let pages = PageList::from_entry(walk.pages, p.page_size, 0);
             for i in 0..PER_LANE {
-                let token = lane + 32 * i as u32;
-                if token < left {
+                let token = lane + Self::LANES * i as u32;
+                if token < left && token < BLOCK {
                     // SAFETY: the token is below the item's end.
                     self.found[i] = unsafe { pages.locate(at + token) };
                 }
@@ -240,15 +260,15 @@ impl<'a, const CHUNKS: u32, const SLOTS: u32> WarpRing<'a, CHUNKS, SLOTS> {
     #[track_caller]
     fn copy(&self) {
         let stages = stages(self.tokens);
-        let is_v = self.left <= stages;
-        let first = STAGE * if is_v { stages - self.left } else { 2 * stages - self.left };
+        let is_v = !Self::LATENT && self.left <= stages;
+        let first = STAGE * if is_v || Self::LATENT { stages - self.left } else { 2 * stages - self.left };
         let head_dim = if is_v { self.p.v_head_dim } else { self.p.head_dim };
         let rows = self.base + Self::ROWS + 16 * first + 8 * is_v as u32;
         let tile = self.slot(self.put);
         let mut first_index = 0;
         // Kept a loop: unrolled, its addresses would push accumulators out of the registers.
         while first_index < isa::opaque(STAGE * CHUNKS) {
-            let index = first_index + isa::thread_x() % 32;
+            let index = first_index + isa::thread_x() % Self::LANES;
             let (row, chunk) = (index / CHUNKS, index % CHUNKS);
             let there = first + row < self.tokens && chunk * 8 < head_dim;
             // SAFETY: the rows are written; the slot was used before the warp's last barrier; rows below the end are
@@ -257,11 +277,11 @@ impl<'a, const CHUNKS: u32, const SLOTS: u32> WarpRing<'a, CHUNKS, SLOTS> {
                 let from = join(isa::ld_shared_2(rows + 16 * row)) + chunk as u64 * 16;
                 isa::cp_async_16(tile.at(row, chunk), from, if there { 16 } else { 0 });
             }
-            first_index += 32;
+            first_index += Self::LANES;
         }
     }
 
-    /// The next stage: visible to the warp, and the one before is given up by all of it.
+    /// The next stage: visible to the worker, and the one before is given up by all of it.
     #[inline(always)]
     #[track_caller]
     pub(crate) fn take(&mut self) -> SharedTile<CHUNKS> {
@@ -269,5 +289,32 @@ impl<'a, const CHUNKS: u32, const SLOTS: u32> WarpRing<'a, CHUNKS, SLOTS> {
         self.sync();
         self.put();
         self.slot(self.put)
+    }
+
+    /// Waits for the next block's stages, four at most, and stays with the first of them.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn wait_block(&mut self) {
+        const { assert!(Self::LATENT && matches!(SLOTS, 4 | 7)) };
+        match SLOTS {
+            4 => isa::cp_async_wait::<0>(),
+            _ => isa::cp_async_wait::<3>(),
+        }
+        isa::bar_sync();
+    }
+
+    /// Stage `i` of the block that has been waited for.
+    #[inline(always)]
+    pub(crate) fn stage(&self, i: u32) -> SharedTile<CHUNKS> {
+        let slot = self.put + i;
+        self.slot(if slot >= SLOTS { slot - SLOTS } else { slot })
+    }
+
+    /// Gives the block's first stage up, when all lanes are done with it.
+    #[inline(always)]
+    #[track_caller]
+    pub(crate) fn release(&mut self) {
+        isa::bar_sync();
+        self.put();
     }
 }

@@ -1,0 +1,174 @@
+//! Decoding of multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): one KV head, whose rows of up to 576 channels are
+//! keys and, with their first channels up to 512, values: read once for both.
+//!
+//! As `decode`, a CTA stays and walks a range of items. Its warps share each block: warp `w` computes `S` of the block's
+//! stage `w`, S goes through shared memory, every warp computes the same softmax, and accumulates its quarter of O's
+//! channels. A stage is given up as soon as it has been a value.
+
+use core::marker::PhantomData;
+
+use crate::abi::{DECODE_ROWS, DECODE_WARPS, DecodeParams, KV_BLOCK};
+use crate::attn::mask;
+use crate::attn::output::{Accumulator, Output};
+use crate::attn::rows::{Place, load_item};
+use crate::attn::softmax::{Logits, Scores, State, rescale};
+use crate::isa;
+use crate::kernels::decode::merge_if_last;
+use crate::kernels::prefill::copy_q;
+use crate::sched::{BlockRing, STAGE, Units, stages};
+use crate::tile::fragment::c_to_a;
+use crate::tile::{Half, SharedTile};
+
+/// Chunks of 8 channels of a row.
+const CHUNKS: u32 = 72;
+
+/// Tiles of 8 channels of O in a warp: of four, 512.
+const TILES: usize = 16;
+
+/// Words from row to row of S: 64, and 8 so that four rows of a half-warp's stores meet 32 banks.
+const S_STRIDE: u32 = 72;
+
+/// `SLOTS` stages of 16 tokens, 18 KiB each: four, a block, where shared memory ends at 99 KiB; seven where it ends at 163,
+/// so that at least three are on their way.
+pub(super) struct Config<const SLOTS: u32>(PhantomData<()>);
+
+impl<const SLOTS: u32> super::Config for Config<SLOTS> {
+    const THREADS: u32 = 32 * DECODE_WARPS as u32;
+    const MIN_CTAS: u32 = 1;
+    const SHARED_BYTES: u32 = Plan::<SLOTS>::RING + Ring::<SLOTS>::BYTES;
+}
+
+type Ring<'a, const SLOTS: u32> = BlockRing<'a, 1, CHUNKS, SLOTS>;
+
+/// Shared memory: Q `[16, 576]`, S `[16, 64]` f32, the place, whether the CTA has come last; the ring.
+struct Plan<const SLOTS: u32>;
+
+impl<const SLOTS: u32> Plan<SLOTS> {
+    const S: u32 = SharedTile::<CHUNKS>::bytes(DECODE_ROWS as u32);
+    const PLACE: u32 = Self::S + 4 * S_STRIDE * DECODE_ROWS as u32;
+    const LAST: u32 = Self::PLACE + Place::BYTES;
+    const RING: u32 = (Self::LAST + 4).next_multiple_of(128);
+}
+
+/// The kernel.
+#[inline(always)]
+pub(super) unsafe fn body<T: Half, const SLOTS: u32>(params: &DecodeParams) {
+    let p = &params.attention;
+    // First item, and one past the last. SAFETY: the host gives one more than CTAs.
+    let range =
+        |i: u32| unsafe { isa::ld_global_1(params.ranges + 4 * (isa::opaque(isa::block_x()) + i) as u64) }[0];
+    let (first, last) = (range(0), range(1));
+    if isa::agreed(first == last) {
+        return;
+    }
+    let (warp, lane) = (isa::thread_x() / 32, isa::thread_x() % 32);
+    let base = isa::shared_base();
+    let q = SharedTile::<CHUNKS>::new(base);
+    let place = Place::new(p, base + Plan::<SLOTS>::PLACE);
+    // SAFETY: the plan gives the ring the rest; the host has checked the items' KV.
+    let mut ring = unsafe { Ring::<SLOTS>::start(p, first, last, base + Plan::<SLOTS>::RING) };
+    let rows = place.rows(0);
+    let logits = Logits::new(&p.score, p.alibi_slopes != 0);
+    let output = Output { p, channel: 8 * TILES as u32 * warp, leads: warp == 0 };
+    // The lane's place in S, as a C fragment.
+    let s_at = base + Plan::<SLOTS>::S + 4 * (lane / 4 * S_STRIDE + 2 * (lane % 4));
+
+    let mut index = first;
+    while isa::agreed(index < range(1)) {
+        let (item, seq) = load_item(p, index);
+        copy_q::<T, T, CHUNKS, false>(p, &seq, &item, q, DECODE_ROWS as u32, 32 * DECODE_WARPS as u32);
+        if isa::thread_x() == 0 {
+            // SAFETY: the plan has room for it.
+            unsafe { place.write(index, &item, &seq) };
+        }
+        isa::bar_sync();
+        let mut units = Units::<1>::new(p, &item, 0, 0);
+        let mut unit = units.next();
+        loop {
+            // A part: all blocks, or one section.
+            let mut state = State::EMPTY;
+            let mut o: Accumulator<TILES> = [[0.0; 4]; TILES];
+            let mut at = unit.at;
+            while isa::agreed(at < unit.end) {
+                ring.wait_block();
+                let stages = stages(unit.end - at);
+                let mut part = [[0.0f32; 4]; 2];
+                if isa::agreed(warp < stages) {
+                    let k = ring.stage(warp);
+                    // Opaque: the loops' many shared addresses are computed where they are used.
+                    let lane = isa::opaque(lane);
+                    let mut chunk = 0;
+                    // Channels past head_dim are zeros and left out.
+                    while chunk < p.head_dim / 8 {
+                        for chunk in [chunk, chunk + 2] {
+                            // SAFETY: Q is visible since the barrier, K since `wait_block`.
+                            let (a, b) = unsafe { (q.a(lane, 0, chunk), k.b_from_columns(lane, 0, chunk)) };
+                            T::mma(&mut part[0], a, b[0]);
+                            T::mma(&mut part[1], a, b[1]);
+                        }
+                        chunk += 4;
+                    }
+                }
+                for (j, x) in part.iter().enumerate() {
+                    let to = s_at + 4 * (STAGE * warp + 8 * j as u32);
+                    // SAFETY: the lane's own words of S; all readers of the last block's are past a barrier.
+                    unsafe {
+                        isa::st_shared_2(to, [x[0].to_bits(), x[1].to_bits()]);
+                        isa::st_shared_2(to + 4 * 8 * S_STRIDE, [x[2].to_bits(), x[3].to_bits()]);
+                    }
+                }
+                isa::bar_sync();
+                let mut s: Scores<8> = [[0.0; 4]; 8];
+                for (j, x) in s.iter_mut().enumerate() {
+                    let from = s_at + 4 * 8 * j as u32;
+                    // SAFETY: written before the barrier.
+                    unsafe {
+                        [x[0], x[1]] = isa::ld_shared_2(from).map(f32::from_bits);
+                        [x[2], x[3]] = isa::ld_shared_2(from + 4 * 8 * S_STRIDE).map(f32::from_bits);
+                    }
+                }
+                logits.apply(&mut s, &rows, at);
+                mask::hide::<true, 8>(&rows, at, &mut s);
+                let correction = state.step(&mut s, logits.factor);
+                let mut weights: [[u32; 4]; 4] =
+                    core::array::from_fn(|stage| c_to_a::<T>(s[2 * stage], s[2 * stage + 1]));
+                rescale(&mut o, correction);
+                let mut stage = 0;
+                while isa::agreed(stage < stages) {
+                    let v = ring.stage(0);
+                    let lane = isa::opaque(lane);
+                    for j in (0..TILES).step_by(2) {
+                        let chunk = TILES as u32 * warp + j as u32;
+                        // SAFETY: V is visible since `wait_block`.
+                        let b = unsafe { v.b_pair_from_rows(lane, 0, chunk) };
+                        T::mma(&mut o[j], weights[0], b[0]);
+                        T::mma(&mut o[j + 1], weights[0], b[1]);
+                    }
+                    weights = [weights[1], weights[2], weights[3], weights[3]];
+                    ring.release();
+                    stage += 1;
+                }
+                at += KV_BLOCK as u32;
+                if p.section == 0 {
+                    // A unit is a block.
+                    unit = units.next();
+                    at = unit.at;
+                }
+            }
+            let part = if p.section == 0 { 0 } else { units.index(unit.at) };
+            output.end_part::<T, TILES>(&rows, part, state.reduced(), &o);
+            if p.section != 0 {
+                unit = units.next();
+            }
+            if isa::agreed(unit.at >= unit.end) {
+                break;
+            }
+        }
+        // Loaded again, and not kept in registers over the blocks.
+        let (item, seq) = place.item();
+        index = place.index() + 1;
+        // All have used Q and the place, and written their states.
+        isa::bar_sync();
+        merge_if_last::<T, true>(params, &item, &seq, base + Plan::<SLOTS>::LAST);
+    }
+}

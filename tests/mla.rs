@@ -1,0 +1,152 @@
+//! Multi-head latent attention: one KV head whose rows are keys and, with their first channels, values.
+
+mod common;
+
+use common::cases::{Case, Outcome, Place, Problem};
+use common::{Elements, Rng, devices, is_gpu};
+use ferroflash::op::attention::AttentionPlan;
+use ferroflash::{
+    AttentionSpec, Batch, DType, Device, Error, Kv, KvTable, NaturalLog, Splits, Tensor, TreeMask,
+};
+
+fn case(heads: usize, dims: (usize, usize), lengths: Vec<(usize, usize)>, splits: Splits) -> Case {
+    Case {
+        spec: AttentionSpec::new(heads, 1, dims.0).v_head_dim(dims.1).causal(),
+        lengths,
+        n_tree: None,
+        q_dtype: DType::BF16,
+        kv_dtype: DType::BF16,
+        place: Place::Ragged,
+        splits,
+        lists: None,
+        q_scale: 1.0,
+        seed: 17,
+    }
+}
+
+/// The case's problem with V the first channels of K, in shuffled pages or ragged.
+fn run(case: Case, page_size: usize, device: &Device) -> (Problem, Outcome) {
+    let mut problem = Problem::for_device(&case, device);
+    let spec = problem.case.spec.clone();
+    let (dim, v_dim) = (spec.head_dim, spec.v_head_dim);
+    for (k, v) in problem.k.iter().zip(&mut problem.v) {
+        v[0] = k[0].iter().map(|row| row[..v_dim].to_vec()).collect();
+    }
+    let pages_of = |len: usize| len.div_ceil(page_size.max(1));
+    let total: usize = problem.case.lengths.iter().map(|l| pages_of(l.1)).sum();
+    let mut order = Rng(3).permutation(total);
+    if page_size == 0 {
+        order.sort_unstable();
+    }
+    let mut data = vec![f32::NAN; total * page_size.max(1) * dim];
+    let (mut indptr, mut last) = (vec![0u32], Vec::new());
+    for (s, &(_, len)) in problem.case.lengths.iter().enumerate() {
+        let first = *indptr.last().unwrap() as usize;
+        for (t, row) in problem.k[s][0].iter().enumerate() {
+            let size = page_size.max(1);
+            let at = order[first + t / size] as usize * size + t % size;
+            data[at * dim..][..dim].copy_from_slice(row);
+        }
+        indptr.push((first + pages_of(len)) as u32);
+        last.push(if len == 0 { 0 } else { (len as u32 - 1) % page_size.max(1) as u32 + 1 });
+    }
+    let dtype = problem.case.kv_dtype;
+    let shape = if page_size == 0 { vec![total, 1, dim] } else { vec![total, 1, page_size, dim] };
+    let latent = Elements::new(dtype, &data).tensor(device, &shape);
+    let k = latent.view();
+    let v = k.narrow(shape.len() - 1, 0, v_dim).unwrap();
+    let (kv, table) = if page_size == 0 {
+        (Kv::Ragged { k, v }, KvTable::Ragged { kv_indptr: &indptr })
+    } else {
+        let table = KvTable::Csr { page_size, kv_indptr: &indptr, kv_indices: &order, last_page_len: &last };
+        (Kv::Paged { k, v }, table)
+    };
+    let rows = *problem.qo_indptr.last().unwrap() as usize;
+    let q = Elements::new(dtype, &problem.q).tensor(device, &[rows, spec.num_q_heads, dim]);
+    let out_shape = [rows, spec.num_q_heads, v_dim];
+    let mut out =
+        Elements::new(dtype, &vec![f32::NAN; out_shape.iter().product()]).tensor(device, &out_shape);
+    let mut lse =
+        Tensor::from_slice(device, &vec![f32::NAN; rows * spec.num_q_heads], &out_shape[..2]).unwrap();
+    let mut batch = Batch::new(&problem.qo_indptr, table);
+    if problem.case.n_tree.is_some() {
+        batch.tree = Some(TreeMask { n_tree: &problem.n_tree, mask: &problem.mask });
+    }
+    let mut plan = AttentionPlan::new(device, &spec, &batch, problem.case.splits).unwrap();
+    plan.run(q.view(), kv, out.view_mut(), Some(NaturalLog(lse.view_mut()))).unwrap();
+    let outcome = Outcome { out: Elements::of_tensor(&out).to_f32(), lse: lse.to_vec().unwrap() };
+    (problem, outcome)
+}
+
+#[test]
+fn deepseeks_heads_and_others() {
+    let lengths = || vec![(1, 700), (2, 130), (1, 0), (5, 65), (1, 1)];
+    for (heads, dims) in [(16, (576, 512)), (5, (576, 512)), (40, (576, 512)), (8, (320, 256)), (3, (264, 8))]
+    {
+        for splits in [Splits::Auto, Splits::Fixed(128), Splits::None] {
+            for device in devices() {
+                for page_size in [0, 16, 1, 100] {
+                    if page_size != 16 && (splits != Splits::Auto || heads != 5) {
+                        continue;
+                    }
+                    let (problem, outcome) = run(case(heads, dims, lengths(), splits), page_size, &device);
+                    problem
+                        .check(&device, &outcome)
+                        .unwrap_or_else(|e| panic!("{e} {heads} {dims:?} {splits:?} {page_size} {device:?}"));
+                }
+            }
+        }
+    }
+}
+
+/// Drafted tokens in a tree, a learned sink, a soft cap.
+#[test]
+fn trees_and_scores() {
+    for device in devices() {
+        let mut case = case(6, (576, 512), vec![(9, 300), (4, 40)], Splits::Auto);
+        case.spec.causal = false;
+        case.spec.soft_cap = Some(3.0);
+        case.spec.sink_logits = Some(vec![0.5, -1.0, 2.0, 0.0, 1.0, 0.3]);
+        case.n_tree = Some(9);
+        let (problem, outcome) = run(case, 16, &device);
+        problem.check(&device, &outcome).unwrap();
+    }
+}
+
+/// The latent rows come once for keys and values.
+#[test]
+fn a_row_is_read_once() {
+    let device = Device::sim(1);
+    let len = 3000;
+    run(case(16, (576, 512), vec![(1, len)], Splits::Auto), 16, &device);
+    let stats = device.sim_stats().unwrap();
+    let kv = (len * 576 * 2) as u64;
+    assert_eq!(stats.global_copied, kv);
+    // Queries are 16 rows, and with the states of parts a share of so short a sequence.
+    println!("{} bytes delivered, the rows are {kv}", stats.distinct_read);
+    assert!((stats.distinct_read as f64) < 1.12 * kv as f64);
+    assert_eq!(stats.shared_cycles, stats.shared_cycles_ideal, "bank conflicts");
+}
+
+#[test]
+fn other_shapes_are_refused() {
+    let lengths = [0u32, 10];
+    let batch = Batch::new(&[0, 1], KvTable::Ragged { kv_indptr: &lengths });
+    for device in devices().into_iter().filter(is_gpu) {
+        let plan = |spec: AttentionSpec| AttentionPlan::new(&device, &spec, &batch, Splits::Auto);
+        for (heads, kv_heads, dims) in
+            [(4, 2, (576, 512)), (4, 1, (584, 512)), (4, 1, (576, 520)), (4, 1, (300, 256))]
+        {
+            let refused = plan(AttentionSpec::new(heads, kv_heads, dims.0).v_head_dim(dims.1));
+            assert!(matches!(refused, Err(Error::Value { .. })), "{dims:?}");
+        }
+        // Values of their own.
+        let mut good = plan(AttentionSpec::new(4, 1, 576).v_head_dim(512)).unwrap();
+        let zeros = |shape: &[usize]| Tensor::zeros(&device, DType::F16, shape).unwrap();
+        let (q, k, v, mut out) =
+            (zeros(&[1, 4, 576]), zeros(&[10, 1, 576]), zeros(&[10, 1, 512]), zeros(&[1, 4, 512]));
+        let kv = Kv::Ragged { k: k.view(), v: v.view() };
+        let refused = good.run(q.view(), kv, out.view_mut(), None).unwrap_err();
+        assert!(refused.to_string().contains("view of k"), "{refused}");
+    }
+}
