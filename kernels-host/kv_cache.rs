@@ -173,6 +173,9 @@ impl<'a> Kv<'a> {
                 check_pair(op, k, v, &[num_pages, num_kv_heads, page_size, head_dim], v_head_dim)?;
                 Ok(PageDims { num_pages, page_size, num_tails: 0 })
             }
+            Kv::Int4(_) if head_dim > 256 => {
+                Err(Error::value(op, "head_dim of int4 KV", "at most 256", head_dim))
+            }
             Kv::Int4(_) if head_dim != v_head_dim => Err(Error::value(
                 op,
                 "v_head_dim of int4 KV",

@@ -23,6 +23,7 @@ pub fn quantize(device: &Device, k: View<'_>, v: View<'_>, pages: Int4PagesMut<'
     };
     let spec = AttentionSpec::new(num_kv_heads, num_kv_heads, head_dim);
     spec.check("int4::quantize")?;
+    spec.check_not_latent("int4::quantize")?;
     let dims = pages.as_view().check("int4::quantize", num_kv_heads, head_dim)?;
     let total = u32::try_from(dims.num_pages * dims.page_size)
         .map_err(|_| Error::value("int4::quantize", "tokens", "fewer than 2^32", "more"))?;
@@ -48,7 +49,9 @@ pub fn dequantize(device: &Device, pages: Int4Pages<'_>, k: ViewMut<'_>, v: View
         let expected = "[num_pages, num_kv_heads, page_size, head_dim]";
         return Err(Error::shape(door.op, "k", expected, k.shape()));
     };
-    AttentionSpec::new(num_kv_heads, num_kv_heads, head_dim).check(door.op)?;
+    let spec = AttentionSpec::new(num_kv_heads, num_kv_heads, head_dim);
+    spec.check(door.op)?;
+    spec.check_not_latent(door.op)?;
     let dims = pages.check(door.op, num_kv_heads, head_dim)?;
     for (what, view) in crate::Kv::Int4(pages).views() {
         door.device(what, &view)?;

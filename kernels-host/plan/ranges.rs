@@ -77,7 +77,11 @@ impl Plan {
         let num_states = states(tile.kv_end).max(1);
         let (partial, merge) = self.place_states(&tile, num_states, pieces.len());
         for (&(kv_start, kv_end), before) in pieces.iter().zip(before) {
-            let partial = if partial == NO_PARTIAL { NO_PARTIAL } else { partial + before * rows };
+            let partial = if partial == NO_PARTIAL {
+                NO_PARTIAL
+            } else {
+                partial.wrapping_add(before.wrapping_mul(rows))
+            };
             self.items.push(WorkItem { kv_start, kv_end, partial, merge, ..tile });
         }
     }

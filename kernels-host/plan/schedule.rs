@@ -162,7 +162,7 @@ impl Plan {
                 partial: if partial == NO_PARTIAL {
                     partial
                 } else {
-                    partial + (start - first) / state * rows
+                    partial.wrapping_add(((start - first) / state).wrapping_mul(rows))
                 },
                 merge,
                 ..tile
@@ -178,9 +178,10 @@ impl Plan {
             return (NO_PARTIAL, NO_MERGE);
         }
         let rows = tile.row_end - tile.row_start;
+        // Where this wraps the plan is refused in the end.
         let first = self.partial_rows as u32;
         self.partial_rows += num_states as usize * rows as usize;
-        let firsts = (0..num_states).map(|state| first.wrapping_add(state * rows));
+        let firsts = (0..num_states).map(|state| first.wrapping_add(state.wrapping_mul(rows)));
         if in_parts {
             self.cascade.add_states(tile, firsts);
             return (first, NO_MERGE);

@@ -27,7 +27,7 @@ const PER_LANE: usize = KV_BLOCK / 32;
 /// What is needed once a block stands in shared memory: registers are what limits the kernel.
 pub(crate) struct BlockRing<'a, const WORKERS: u32, const CHUNKS: u32, const SLOTS: u32> {
     p: &'a AttentionParams,
-    /// Slots; then the rows' addresses, of K and V, for each token of the block that copies set out for; then [`Walk`].
+    /// Slots; then the rows' addresses, of K and V, for each token of the block that copies set out for; then [`Progress`].
     base: u32,
     /// Slot of the next copy; when that has set out, of the stage that is used next.
     put: u32,
@@ -55,7 +55,7 @@ pub(crate) fn stages(left: u32) -> u32 {
 }
 
 /// Which block is the next one, and which comes after it.
-struct Walk<const WORKERS: u32> {
+struct Progress<const WORKERS: u32> {
     /// Next item, and one past the last.
     index: u32,
     last: u32,
@@ -72,7 +72,7 @@ struct Walk<const WORKERS: u32> {
     pages: u64,
 }
 
-impl<const WORKERS: u32> Walk<WORKERS> {
+impl<const WORKERS: u32> Progress<WORKERS> {
     /// Shared bytes.
     const BYTES: u32 = 80;
 
@@ -86,7 +86,7 @@ impl<const WORKERS: u32> Walk<WORKERS> {
             let [token, unit_end, kv_end, _] = isa::ld_shared_4(at + 32);
             let [k, v, pages] = [48, 56, 64].map(|offset| join(isa::ld_shared_2(at + offset)));
             let units = Units { size, first, start, end, next };
-            Walk { index, last, turn, units, at: token, unit_end, kv_end, k, v, pages }
+            Progress { index, last, turn, units, at: token, unit_end, kv_end, k, v, pages }
         }
     }
 
@@ -146,19 +146,19 @@ impl<'a, const WORKERS: u32, const CHUNKS: u32, const SLOTS: u32> BlockRing<'a, 
     /// Whether K's rows are V's too.
     const LATENT: bool = WORKERS == 1;
     const ROWS: u32 = SLOTS * SharedTile::<CHUNKS>::bytes(STAGE);
-    const WALK: u32 = Self::ROWS + 16 * BLOCK;
+    const PROGRESS: u32 = Self::ROWS + 16 * BLOCK;
 
     /// Shared bytes.
-    pub(crate) const BYTES: u32 = (Self::WALK + Walk::<WORKERS>::BYTES).next_multiple_of(128);
+    pub(crate) const BYTES: u32 = (Self::PROGRESS + Progress::<WORKERS>::BYTES).next_multiple_of(128);
 
-    /// Sets out with the first stages of the warp's blocks in items `first..last`.
+    /// Sets out with the first stages of the worker's blocks in items `first..last`.
     ///
     /// # Safety
     /// `base` is [`BlockRing::BYTES`] of shared memory that nothing else uses; the items' KV is readable.
     #[inline(always)]
     #[track_caller]
     pub(crate) unsafe fn start(p: &'a AttentionParams, first: u32, last: u32, base: u32) -> Self {
-        let walk = Walk::<WORKERS> {
+        let progress = Progress::<WORKERS> {
             index: first,
             last,
             turn: 0,
@@ -171,7 +171,7 @@ impl<'a, const WORKERS: u32, const CHUNKS: u32, const SLOTS: u32> BlockRing<'a, 
             pages: 0,
         };
         if isa::thread_x().is_multiple_of(Self::LANES) {
-            walk.store(base + Self::WALK);
+            progress.store(base + Self::PROGRESS);
         }
         isa::bar_sync();
         let mut ring =
@@ -202,10 +202,10 @@ impl<'a, const WORKERS: u32, const CHUNKS: u32, const SLOTS: u32> BlockRing<'a, 
     #[track_caller]
     fn advance(&mut self) {
         let p = self.p;
-        let (rows, walk_at) = (self.base + Self::ROWS, self.base + Self::WALK);
+        let (rows, progress_at) = (self.base + Self::ROWS, self.base + Self::PROGRESS);
         // Opaque: what follows from it is not computed ahead of the kernel's loops.
         let lane = isa::opaque(isa::thread_x()) % Self::LANES;
-        let mut walk = Walk::<WORKERS>::load(walk_at);
+        let mut progress = Progress::<WORKERS>::load(progress_at);
         // All have loaded it, and read the rows of the last block.
         self.sync();
         for i in 0..PER_LANE {
@@ -213,8 +213,8 @@ impl<'a, const WORKERS: u32, const CHUNKS: u32, const SLOTS: u32> BlockRing<'a, 
             if Self::LATENT && row >= BLOCK {
                 continue;
             }
-            let [k0, k1] = split(walk.k + page as u64 * p.k.page + offset as u64 * p.k.token);
-            let [v0, v1] = split(walk.v + page as u64 * p.v.page + offset as u64 * p.v.token);
+            let [k0, k1] = split(progress.k + page as u64 * p.k.page + offset as u64 * p.k.token);
+            let [v0, v1] = split(progress.v + page as u64 * p.v.page + offset as u64 * p.v.token);
             // SAFETY: the ring's room for it, each token's by one lane.
             unsafe { isa::st_shared_4(rows + 16 * row, [k0, k1, v0, v1]) };
         }
@@ -222,10 +222,10 @@ impl<'a, const WORKERS: u32, const CHUNKS: u32, const SLOTS: u32> BlockRing<'a, 
         (self.tokens, self.left) =
             (self.next, if self.next == NONE { 0 } else { of_stage * stages(self.next) });
         self.next = NONE;
-        if let Some(at) = walk.step(p) {
-            let left = walk.kv_end.saturating_sub(at);
+        if let Some(at) = progress.step(p) {
+            let left = progress.kv_end.saturating_sub(at);
             self.next = if left < BLOCK { left } else { BLOCK };
-            let pages = PageList::from_entry(walk.pages, p.page_size, 0);
+            let pages = PageList::from_entry(progress.pages, p.page_size, 0);
             for i in 0..PER_LANE {
                 let token = lane + Self::LANES * i as u32;
                 if token < left && token < BLOCK {
@@ -235,7 +235,7 @@ impl<'a, const WORKERS: u32, const CHUNKS: u32, const SLOTS: u32> BlockRing<'a, 
             }
         }
         if lane == 0 {
-            walk.store(walk_at);
+            progress.store(progress_at);
         }
         self.sync();
     }
@@ -271,7 +271,7 @@ impl<'a, const WORKERS: u32, const CHUNKS: u32, const SLOTS: u32> BlockRing<'a, 
             let index = first_index + isa::thread_x() % Self::LANES;
             let (row, chunk) = (index / CHUNKS, index % CHUNKS);
             let there = first + row < self.tokens && chunk * 8 < head_dim;
-            // SAFETY: the rows are written; the slot was used before the warp's last barrier; rows below the end are
+            // SAFETY: the rows are written; the slot was used before the worker's last barrier; rows below the end are
             // promised at `start`.
             unsafe {
                 let from = join(isa::ld_shared_2(rows + 16 * row)) + chunk as u64 * 16;
