@@ -4,9 +4,11 @@ mod common;
 
 use common::cases::{Case, Place, Problem, Tables};
 use common::{Elements, devices};
+use ferroflash::op::append_kv::AppendPlan;
 use ferroflash::op::attention::AttentionPlan;
 use ferroflash::{
-    AttentionSpec, Batch, DType, Device, Error, NaturalLog, PlanLimits, Splits, Tensor, TreeMask,
+    AttentionSpec, Batch, DType, Device, Error, KvCache, KvCacheSpec, KvFormat, KvTable, NaturalLog,
+    PlanLimits, Splits, Tensor, TreeMask,
 };
 
 const LIMITS: PlanLimits = PlanLimits { sequences: 6, q_tokens: 8, page_size: 16, pages: 200, tree_words: 8 };
@@ -120,5 +122,59 @@ fn beyond_the_limits_is_an_error_and_the_plan_stays() {
         let batch = Batch::new(&good.qo_indptr, tables.kv_table());
         let mut plain = AttentionPlan::new(&device, &spec, &batch, Splits::Auto).unwrap();
         assert!(plain.update(&batch).unwrap_err().to_string().contains("with_limits"));
+    }
+}
+
+/// int4 sequences, which keep their newest tokens in tails: other batches in the same memory, the same launch.
+#[test]
+fn int4_within_limits() {
+    let (page_size, heads, dim) = (32, 2, 64);
+    for device in devices() {
+        let spec = AttentionSpec::new(8, heads, dim).causal();
+        let format = KvFormat::Int4 { num_tails: 3 };
+        let cache_spec = KvCacheSpec {
+            num_pages: 40,
+            page_size,
+            num_kv_heads: heads,
+            head_dim: dim,
+            format,
+            summaries: false,
+        };
+        let mut cache = KvCache::new(&device, cache_spec).unwrap();
+        let (lens, table): ([u32; 3], Vec<u32>) = ([500, 33, 64], (0..48).map(|i| (i * 7) % 40).collect());
+        // Sequence `i` has the first pages of row `i`, 16, 2 and 2 of them, which no other has.
+        let rows = [&table[..16], &table[16..32], &table[32..]];
+        let mut rng = common::Rng(4);
+        for (i, &len) in lens.iter().enumerate() {
+            let kv = KvTable::Block { page_size, block_table: rows[i], max_blocks: 16, seq_lens: &[len] };
+            let indptr = [0, len];
+            let batch = Batch { tail_slots: &[i as u32], ..Batch::new(&indptr, kv) };
+            let numbers = rng.normals(len as usize * heads * dim);
+            let new = common::on(&device, &numbers, &[len as usize, heads, dim]);
+            let append = AppendPlan::from_batch(&device, &spec, None, &batch).unwrap();
+            append.run(None, new.view(), new.view(), cache.view_mut()).unwrap();
+        }
+        let limits = PlanLimits { sequences: 3, q_tokens: 3, page_size, pages: 48, tree_words: 0 };
+        let mut reused = AttentionPlan::with_limits(&device, &spec, limits, Splits::Auto).unwrap();
+        let q = Elements::new(DType::F16, &rng.normals(3 * 8 * dim)).tensor(&device, &[3, 8, dim]);
+        for which in [vec![0], vec![1, 2], vec![0, 1, 2]] {
+            let n = which.len();
+            let block_table: Vec<u32> = which.iter().flat_map(|&i| rows[i].iter().copied()).collect();
+            let seq_lens: Vec<u32> = which.iter().map(|&i| lens[i]).collect();
+            let tails: Vec<u32> = which.iter().map(|&i| i as u32).collect();
+            let indptr: Vec<u32> = (0..=n as u32).collect();
+            let kv =
+                KvTable::Block { page_size, block_table: &block_table, max_blocks: 16, seq_lens: &seq_lens };
+            let batch = Batch { tail_slots: &tails, ..Batch::new(&indptr, kv) };
+            let run = |plan: &mut AttentionPlan, rows: usize| {
+                let mut out = Tensor::zeros(&device, DType::F16, &[rows, 8, dim]).unwrap();
+                plan.run(q.view().narrow(0, 0, rows).unwrap(), cache.view(), out.view_mut(), None).unwrap();
+                Elements::of_tensor(&out).to_f32()
+            };
+            let expected = run(&mut AttentionPlan::new(&device, &spec, &batch, Splits::Auto).unwrap(), n);
+            assert!(expected.iter().any(|&x| x != 0.0));
+            reused.update(&batch).unwrap();
+            assert_eq!(run(&mut reused, 3)[..expected.len()], expected);
+        }
     }
 }

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::cases::{Case, Place, Problem};
+use common::cases::{Case, MASKS, Place, Problem, masked};
 use ferroflash::op::attention::AttentionPlan;
 use ferroflash::{AttentionSpec, Batch, DType, Device, Kv, KvTable, Splits, Tensor};
 use ferroflash_kernels::abi::{PREFILL_SM90, PrefillTile};
@@ -77,14 +77,8 @@ fn every_kernel_with_every_mask() {
     let mut seed = 0;
     for (head_dim, v_head_dim) in [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)] {
         for dtype in [DType::F16, DType::BF16] {
-            for kind in 0..4 {
-                let mut spec = AttentionSpec::new(4, 2, head_dim).v_head_dim(v_head_dim).causal();
-                match kind {
-                    0 => {}
-                    1 => (spec.window, spec.num_sinks) = (Some(150), 5),
-                    2 => (spec.soft_cap, spec.sink_logits) = (Some(2.0), Some(vec![0.5; 4])),
-                    _ => (spec.causal, spec.alibi_slopes) = (false, Some(vec![0.1, 0.02, 0.3, 0.01])),
-                }
+            for kind in 0..MASKS {
+                let spec = masked(kind, head_dim, v_head_dim);
                 let case = case(spec, vec![(70, 700), (33, 33)], Place::Ragged);
                 let case = Case { q_dtype: dtype, kv_dtype: dtype, ..case };
                 let device = Device::sim_hopper(seed);

@@ -78,7 +78,7 @@ impl AttentionPlan {
     ///
     /// # Errors
     /// [`Error::Value`] where the plan has no limits, the batch is beyond them or is no decode batch (more than 16 rows, the
-    /// query group times the tokens, of a sequence; page lists; int4 tails); and as [`AttentionPlan::new`]. The plan is then
+    /// query group times the tokens, of a sequence; page lists); and as [`AttentionPlan::new`]. The plan is then
     /// as it was.
     pub fn update(&mut self, batch: &Batch<'_>) -> Result<()> {
         let Some(limits) = self.limits else {

@@ -103,9 +103,8 @@ impl Plan {
             let expected = format_args!("{}, the plan's limit", limits.page_size).to_string();
             return Err(Error::value(op, "page_size", expected, self.page_size));
         }
-        if !self.logical_pages.is_empty() || self.num_tails.is_some() {
-            let expected = "no page lists and no int4 tails in a plan with limits";
-            return Err(Error::value(op, "batch", expected, "one of them"));
+        if !self.logical_pages.is_empty() {
+            return Err(Error::value(op, "page_lists", "none in a plan with limits", "some"));
         }
         if let Some(s) = self.sequences.iter().find(|s| s.q_len as usize * spec.group() > DECODE_ROWS) {
             let most = DECODE_ROWS / spec.group();

@@ -39,6 +39,22 @@ pub struct Case {
     pub seed: u64,
 }
 
+/// Kinds of [`masked`].
+pub const MASKS: usize = 4;
+
+/// Four query heads on two, with a mask and scores of a kind: causal; a window with sinks; a soft cap and learned sinks; all
+/// visible, with slopes.
+pub fn masked(kind: usize, head_dim: usize, v_head_dim: usize) -> AttentionSpec {
+    let mut spec = AttentionSpec::new(4, 2, head_dim).v_head_dim(v_head_dim).causal();
+    match kind {
+        0 => {}
+        1 => (spec.window, spec.num_sinks) = (Some(150), 5),
+        2 => (spec.soft_cap, spec.sink_logits) = (Some(2.0), Some(vec![0.5; 4])),
+        _ => (spec.causal, spec.alibi_slopes) = (false, Some(vec![0.1, 0.02, 0.3, 0.01])),
+    }
+    spec
+}
+
 /// What a device gave.
 pub struct Outcome {
     pub out: Vec<f32>,

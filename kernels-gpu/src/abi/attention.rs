@@ -154,13 +154,11 @@ pub struct AttentionParams {
     pub section: u32,
 }
 
-/// What decoding is given: CTA `c` takes items `ranges[c]..ranges[c + 1]`, one after the other, and who comes last to a
-/// merge does it.
+/// Who takes which items: CTA `c` takes `ranges[c]..ranges[c + 1]`, one after the other, and who comes last to a merge
+/// does it.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct DecodeParams {
-    /// As ever.
-    pub attention: AttentionParams,
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RangeParams {
     /// u32, one more than CTAs.
     pub ranges: u64,
     /// [`MergeItem`]s.
@@ -169,6 +167,16 @@ pub struct DecodeParams {
     pub splits: u64,
     /// A u32 per merge, 0 between launches: items that have come to it.
     pub arrivals: u64,
+}
+
+/// What decoding is given.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DecodeParams {
+    /// As ever.
+    pub attention: AttentionParams,
+    /// Who takes which items.
+    pub ranges: RangeParams,
 }
 
 /// `page_mass`: `page_ctas` CTAs per sequence in x, a warp per page; KV head in y.
@@ -238,6 +246,7 @@ plain! {
     Sequence: 56,
     ScoreParams: 20,
     AttentionParams: 256,
+    RangeParams: 32,
     DecodeParams: 288,
     PageMassParams: 280,
     MergePartialsParams: 104,

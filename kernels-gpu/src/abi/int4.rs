@@ -1,7 +1,7 @@
 //! int4 KV.
 
 use super::append::RopeParams;
-use super::attention::AttentionParams;
+use super::attention::{AttentionParams, RangeParams};
 use super::plain;
 use super::rows::{Divisor, PageRows, Rows};
 
@@ -38,6 +38,16 @@ pub struct AttentionInt4Params {
     pub v_group: Divisor,
     /// Groups of channels, `head_dim / v_group`.
     pub v_groups: u32,
+}
+
+/// What decoding over int4 pages is given.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DecodeInt4Params {
+    /// As ever.
+    pub int4: AttentionInt4Params,
+    /// Who takes which items.
+    pub ranges: RangeParams,
 }
 
 /// A group of tokens that an append completes.
@@ -123,6 +133,7 @@ pub struct Int4DequantParams {
 
 plain! {
     AttentionInt4Params: 464,
+    DecodeInt4Params: 496,
     Int4Group: 24,
     Int4TailToken: 16,
     Int4AppendParams: 320,

@@ -8,16 +8,14 @@
 
 use core::marker::PhantomData;
 
-use crate::abi::{
-    DECODE_ROWS, DECODE_WARPS, DecodeParams, KV_BLOCK, MergeItem, NO_MERGE, Sequence, WorkItem,
-};
+use crate::abi::{DECODE_ROWS, DECODE_WARPS, DecodeParams, KV_BLOCK, WorkItem};
 use crate::attn::mask;
-use crate::attn::merge::Merging;
 use crate::attn::output::{Accumulator, Output};
-use crate::attn::rows::{Place, load_item, read_struct};
+use crate::attn::rows::{Place, load_item};
 use crate::attn::softmax::{self, Logits, Scores, State, rescale};
 use crate::isa;
 use crate::kernels::prefill::copy_q;
+use crate::kernels::ranges::{merge_if_last, range};
 use crate::sched::{BlockRing, STAGE, Units, stages};
 use crate::tile::fragment::c_to_a;
 use crate::tile::{Half, SharedTile};
@@ -67,10 +65,7 @@ pub(super) unsafe fn body<T: Half, const CHUNKS: u32, const TILES: usize, const 
     params: &DecodeParams,
 ) {
     let p = &params.attention;
-    // First item, and one past the last. SAFETY: the host gives one more than CTAs.
-    let range =
-        |i: u32| unsafe { isa::ld_global_1(params.ranges + 4 * (isa::opaque(isa::block_x()) + i) as u64) }[0];
-    let (first, last) = (range(0), range(1));
+    let (first, last) = (range(&params.ranges, 0), range(&params.ranges, 1));
     if isa::agreed(first == last) {
         return;
     }
@@ -88,7 +83,7 @@ pub(super) unsafe fn body<T: Half, const CHUNKS: u32, const TILES: usize, const 
     let turn_at = base + Plan::<CHUNKS, TILES, SLOTS>::TURN;
     // What is needed once an item stands in shared memory, or is loaded or computed again.
     let (mut index, mut turn) = (first, 0);
-    while isa::agreed(index < range(1)) {
+    while isa::agreed(index < range(&params.ranges, 1)) {
         let (item, seq) = load_item(p, index);
         copy_q::<T, T, CHUNKS, false>(p, &seq, &item, q, DECODE_ROWS as u32, 32 * WARPS);
         if isa::thread_x() == 0 {
@@ -190,7 +185,7 @@ pub(super) unsafe fn body<T: Half, const CHUNKS: u32, const TILES: usize, const 
         turn = unsafe { isa::ld_shared_1(turn_at) }[0] + units_of(&item).count();
         // All have used Q and the place, and written their states.
         isa::bar_sync();
-        merge_if_last::<T, false>(params, &item, &seq, base + Plan::<CHUNKS, TILES, SLOTS>::LAST);
+        merge_if_last::<T, false>(p, &params.ranges, &item, &seq, base + Plan::<CHUNKS, TILES, SLOTS>::LAST);
     }
 }
 
@@ -241,50 +236,4 @@ fn gather_states<const TILES: usize>(
         from += 1;
     }
     state
-}
-
-/// Where the item is a part of its rows' KV: the CTA that has come last merges all parts.
-#[inline(always)]
-#[track_caller]
-pub(super) fn merge_if_last<T: Half, const WIDE: bool>(
-    params: &DecodeParams,
-    item: &WorkItem,
-    seq: &Sequence,
-    flag: u32,
-) {
-    let p = &params.attention;
-    if isa::agreed(item.merge == NO_MERGE) {
-        return;
-    }
-    // SAFETY: the plan has the item's merge.
-    let merge: MergeItem =
-        unsafe { read_struct(params.merges + item.merge as u64 * size_of::<MergeItem>() as u64) };
-    if isa::thread_x() == 0 {
-        // SAFETY: a counter per merge; the flag's word is free since the barrier before the item.
-        unsafe {
-            let most = merge.num_items - 1;
-            let before = isa::atom_inc_global_acq_rel(params.arrivals + 4 * item.merge as u64, most);
-            isa::st_shared_1(flag, [(before == most) as u32]);
-        }
-    }
-    isa::bar_sync();
-    // SAFETY: written before the barrier.
-    if isa::agreed(unsafe { isa::ld_shared_1(flag) }[0] == 0) {
-        return;
-    }
-    let merging = Merging {
-        out: &p.out,
-        lse: &p.lse,
-        sink_logits: p.sink_logits,
-        partials: p.partials,
-        splits: params.splits,
-        group: p.group,
-        v_head_dim: p.v_head_dim,
-    };
-    let mut row = merge.row_start + isa::thread_x() / 32;
-    while isa::agreed(row < merge.row_end) {
-        // SAFETY: all parts are written: their CTAs have come to the counter before; a row is one warp's.
-        unsafe { merging.row::<T, WIDE>(&merge, seq, row) };
-        row += WARPS;
-    }
 }

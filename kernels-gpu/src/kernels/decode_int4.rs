@@ -1,139 +1,142 @@
-//! Attention of at most 16 packed rows (a query group, or a few speculated tokens): bound by reading KV.
-//!
-//! A CTA takes one work item, a range of one KV head's tokens. Its four warps share each block: warp `w`
-//! computes `S` of tokens `16 w..16 w + 16`, S goes through shared memory, every warp computes the same
-//! softmax of all 64 columns, and warp `w` accumulates its quarter of O's channels. So every sum has the same
-//! order as in the prefill kernel, and a row's bits do not depend on which of the two computes it.
+//! Decoding over int4 pages: as `decode`, a CTA stays and walks a range of work items, but its four warps share each block,
+//! for the codes are unpacked into a tile that all of them use: warp `w` computes `S` of tokens `16 w..16 w + 16`, S goes
+//! through shared memory, every warp computes the same softmax of all 64 columns, and accumulates its quarter of O's
+//! channels. So every sum has the same order as in the prefill kernel, and a row's bits do not depend on which of the two
+//! computes it.
 
 use core::marker::PhantomData;
 
-use crate::abi::{DECODE_ROWS, KV_BLOCK};
+use crate::abi::{DECODE_ROWS, DECODE_WARPS, DecodeInt4Params, KV_BLOCK};
 use crate::attn::mask;
 use crate::attn::output::{Accumulator, Output};
 use crate::attn::rows::{Place, load_item};
 use crate::attn::softmax::{Logits, Scores, State, rescale};
 use crate::isa;
 use crate::kernels::prefill::copy_q;
-use crate::sched::{Source, section_end};
+use crate::kernels::ranges::{merge_if_last, range};
+use crate::sched::{Int4Ring, Source, section_end};
 use crate::tile::fragment::c_to_a;
-use crate::tile::{Half, SharedTile};
+use crate::tile::{F16, Half, SharedTile};
 
 /// Words from row to row of S: 64, and 8 so that four rows of a half-warp's stores meet 32 banks.
 const S_STRIDE: u32 = 72;
 
-/// `CHUNKS` of 8 channels. Rings of 64 to 72 KiB, so that two or three CTAs keep an SM's loads in flight on all
-/// GPUs, and one fits where shared memory ends at 99 KiB; of int4, four stages.
-pub(super) struct Config<S, const CHUNKS: u32>(PhantomData<S>);
+/// `CHUNKS` of 8 channels: four stages, of which three are on their way.
+pub(super) struct Config<const CHUNKS: u32>(PhantomData<()>);
 
-impl<S: Source<'static, CHUNKS>, const CHUNKS: u32> super::Config for Config<S, CHUNKS> {
-    const THREADS: u32 = 128;
+type Ring<'a, const CHUNKS: u32> = Int4Ring<'a, CHUNKS, { 32 * DECODE_WARPS as u32 }, 4>;
+
+impl<const CHUNKS: u32> super::Config for Config<CHUNKS> {
+    const THREADS: u32 = 32 * DECODE_WARPS as u32;
     const MIN_CTAS: u32 = 2;
-    const SHARED_BYTES: u32 = Plan::<CHUNKS>::TILES + S::BYTES;
+    const SHARED_BYTES: u32 = Plan::<CHUNKS>::TILES + Ring::<CHUNKS>::BYTES;
 }
 
-/// Shared memory: Q `[16, head_dim]`, S `[16, 64]` f32, the place, the tiles of K and V.
+/// Shared memory: Q `[16, head_dim]`, S `[16, 64]` f32, the place, whether the CTA has come last; the codes and the tile.
 struct Plan<const CHUNKS: u32>;
 
 impl<const CHUNKS: u32> Plan<CHUNKS> {
     const S: u32 = SharedTile::<CHUNKS>::bytes(DECODE_ROWS as u32);
     const PLACE: u32 = Self::S + 4 * S_STRIDE * DECODE_ROWS as u32;
-    const TILES: u32 = (Self::PLACE + Place::BYTES).next_multiple_of(128);
+    const LAST: u32 = Self::PLACE + Place::BYTES;
+    const TILES: u32 = (Self::LAST + 4).next_multiple_of(128);
 }
 
-/// The kernel, for queries and outputs of type `Io` and products of type `T`. `TILES` is the number of 8-channel
-/// tiles of O in a warp, `CHUNKS / 4`.
+/// The kernel, for queries and outputs of type `Io`; products are of f16. `TILES` is the number of 8-channel tiles of O in a
+/// warp, `CHUNKS / 4`.
 #[inline(always)]
-pub(super) unsafe fn body<
-    'a,
-    Io: Half,
-    T: Half,
-    S: Source<'a, CHUNKS>,
-    const CHUNKS: u32,
-    const TILES: usize,
->(
-    params: &'a S::Params,
-) {
-    let p = S::attention(params);
-    let (item, seq) = load_item(p, isa::block_x());
+pub(super) unsafe fn body<Io: Half, const CHUNKS: u32, const TILES: usize>(params: &DecodeInt4Params) {
+    let p = &params.int4.attention;
     let (warp, lane) = (isa::thread_x() / 32, isa::thread_x() % 32);
     let base = isa::shared_base();
     let q = SharedTile::<CHUNKS>::new(base);
-    copy_q::<Io, T, CHUNKS, true>(p, &seq, &item, q, DECODE_ROWS as u32, 128);
-    // SAFETY: the plan gives the tiles the rest; the host has checked the item's KV.
-    let mut ring = unsafe { S::start(params, &seq, &item, base + Plan::<CHUNKS>::TILES) };
-    // The lane's place in S, as a C fragment.
-    let s_at = base + Plan::<CHUNKS>::S + 4 * (lane / 4 * S_STRIDE + 2 * (lane % 4));
-
     let place = Place::new(p, base + Plan::<CHUNKS>::PLACE);
-    if isa::thread_x() == 0 {
-        // SAFETY: the plan has room for it.
-        unsafe { place.write(isa::block_x(), &item, &seq) };
-    }
     let rows = place.rows(0);
     let logits = Logits::new(&p.score, p.alibi_slopes != 0);
     let channel = 8 * TILES as u32 * warp;
     let output = Output { p, channel, leads: warp == 0 };
+    // The lane's place in S, as a C fragment.
+    let s_at = base + Plan::<CHUNKS>::S + 4 * (lane / 4 * S_STRIDE + 2 * (lane % 4));
 
-    if item.kv_start == item.kv_end {
-        // Nothing is taken, with whose barrier the place would be there.
+    let mut index = range(&params.ranges, 0);
+    while isa::agreed(index < range(&params.ranges, 1)) {
+        let (item, seq) = load_item(p, index);
+        copy_q::<Io, F16, CHUNKS, true>(p, &seq, &item, q, DECODE_ROWS as u32, 32 * DECODE_WARPS as u32);
+        // SAFETY: the plan gives the tiles the rest; the host has checked the item's KV.
+        let mut ring =
+            unsafe { Ring::<CHUNKS>::start(&params.int4, &seq, &item, base + Plan::<CHUNKS>::TILES) };
+        if isa::thread_x() == 0 {
+            // SAFETY: the plan has room for it.
+            unsafe { place.write(index, &item, &seq) };
+        }
+        if item.kv_start == item.kv_end {
+            // Nothing is taken, with whose barrier the place would be there.
+            isa::bar_sync();
+        }
+        let (mut at, mut part) = (item.kv_start, 0);
+        loop {
+            let end = section_end(p, &item, at);
+            let mut state = State::EMPTY;
+            let mut o: Accumulator<TILES> = [[0.0; 4]; TILES];
+            while at < end {
+                let k = ring.take_k(at);
+                // Opaque: the loops' many shared addresses are computed where they are used.
+                let lane = isa::opaque(lane);
+                let mut part = [[0.0f32; 4]; 2];
+                for step in 0..CHUNKS / 2 {
+                    // SAFETY: Q and K are visible since `take`.
+                    unsafe {
+                        let a = q.a(lane, 0, 2 * step);
+                        let b = k.b_from_columns(lane, 16 * warp, 2 * step);
+                        F16::mma(&mut part[0], a, b[0]);
+                        F16::mma(&mut part[1], a, b[1]);
+                    }
+                }
+                for (j, x) in part.iter().enumerate() {
+                    let to = s_at + 4 * (16 * warp + 8 * j as u32);
+                    // SAFETY: the lane's own words of S; all readers of the last block's are past a barrier.
+                    unsafe {
+                        isa::st_shared_2(to, [x[0].to_bits(), x[1].to_bits()]);
+                        isa::st_shared_2(to + 4 * 8 * S_STRIDE, [x[2].to_bits(), x[3].to_bits()]);
+                    }
+                }
+                let v = ring.take_v(at);
+                let lane = isa::opaque(lane);
+                let mut s: Scores<8> = [[0.0; 4]; 8];
+                for (j, x) in s.iter_mut().enumerate() {
+                    let from = s_at + 4 * 8 * j as u32;
+                    // SAFETY: written before the barrier in `take`.
+                    unsafe {
+                        [x[0], x[1]] = isa::ld_shared_2(from).map(f32::from_bits);
+                        [x[2], x[3]] = isa::ld_shared_2(from + 4 * 8 * S_STRIDE).map(f32::from_bits);
+                    }
+                }
+                logits.apply(&mut s, &rows, at);
+                mask::hide::<true, 8>(&rows, at, &mut s);
+                let correction = state.step(&mut s, logits.factor);
+                rescale(&mut o, correction);
+                for step in 0..2 {
+                    let a =
+                        [0, 1].map(|half| c_to_a::<F16>(s[4 * step + 2 * half], s[4 * step + 2 * half + 1]));
+                    for (j, o) in o.iter_mut().enumerate() {
+                        // SAFETY: V is visible since `take`.
+                        let b = unsafe { v.b_from_rows(lane, 32 * step as u32, channel / 8 + j as u32) };
+                        F16::mma(o, a[0], b[0]);
+                        F16::mma(o, a[1], b[1]);
+                    }
+                }
+                at += KV_BLOCK as u32;
+            }
+            output.end_part::<Io, TILES>(&rows, part, state.reduced(), &o);
+            part += 1;
+            if end == item.kv_end {
+                break;
+            }
+        }
+        let (item, seq) = place.item();
+        index = place.index() + 1;
+        // All have used Q, the place and the tile, and written their states.
         isa::bar_sync();
-    }
-    let mut at = item.kv_start;
-    loop {
-        let end = section_end(p, &item, at);
-        let mut state = State::EMPTY;
-        let mut o: Accumulator<TILES> = [[0.0; 4]; TILES];
-        while at < end {
-            let k = ring.take_k(at);
-            // Opaque: the loops' many shared addresses are computed where they are used.
-            let lane = isa::opaque(lane);
-            let mut part = [[0.0f32; 4]; 2];
-            for step in 0..CHUNKS / 2 {
-                // SAFETY: Q and K are visible since `take`.
-                unsafe {
-                    let a = q.a(lane, 0, 2 * step);
-                    let b = k.b_from_columns(lane, 16 * warp, 2 * step);
-                    T::mma(&mut part[0], a, b[0]);
-                    T::mma(&mut part[1], a, b[1]);
-                }
-            }
-            for (j, x) in part.iter().enumerate() {
-                let to = s_at + 4 * (16 * warp + 8 * j as u32);
-                // SAFETY: the lane's own words of S; all readers of the last block's are past a barrier.
-                unsafe {
-                    isa::st_shared_2(to, [x[0].to_bits(), x[1].to_bits()]);
-                    isa::st_shared_2(to + 4 * 8 * S_STRIDE, [x[2].to_bits(), x[3].to_bits()]);
-                }
-            }
-            let v = ring.take_v(at);
-            let lane = isa::opaque(lane);
-            let mut s: Scores<8> = [[0.0; 4]; 8];
-            for (j, x) in s.iter_mut().enumerate() {
-                let from = s_at + 4 * 8 * j as u32;
-                // SAFETY: written before the barrier in `take`.
-                unsafe {
-                    [x[0], x[1]] = isa::ld_shared_2(from).map(f32::from_bits);
-                    [x[2], x[3]] = isa::ld_shared_2(from + 4 * 8 * S_STRIDE).map(f32::from_bits);
-                }
-            }
-            logits.apply(&mut s, &rows, at);
-            mask::hide::<true, 8>(&rows, at, &mut s);
-            let correction = state.step(&mut s, logits.factor);
-            rescale(&mut o, correction);
-            for step in 0..2 {
-                let a = [0, 1].map(|half| c_to_a::<T>(s[4 * step + 2 * half], s[4 * step + 2 * half + 1]));
-                for (j, o) in o.iter_mut().enumerate() {
-                    // SAFETY: V is visible since `take`.
-                    let b = unsafe { v.b_from_rows(lane, 32 * step as u32, channel / 8 + j as u32) };
-                    T::mma(o, a[0], b[0]);
-                    T::mma(o, a[1], b[1]);
-                }
-            }
-            at += KV_BLOCK as u32;
-        }
-        output.end_section::<Io, TILES>(end, &rows, state.reduced(), &mut o);
-        if end == item.kv_end {
-            return;
-        }
+        merge_if_last::<Io, false>(p, &params.ranges, &item, &seq, base + Plan::<CHUNKS>::LAST);
     }
 }

@@ -13,8 +13,8 @@ use crate::attn::output::{Accumulator, Output};
 use crate::attn::rows::{Place, load_item};
 use crate::attn::softmax::{Logits, Scores, State, rescale};
 use crate::isa;
-use crate::kernels::decode::merge_if_last;
 use crate::kernels::prefill::copy_q;
+use crate::kernels::ranges::{merge_if_last, range};
 use crate::sched::{BlockRing, STAGE, Units, stages};
 use crate::tile::fragment::c_to_a;
 use crate::tile::{Half, SharedTile};
@@ -54,10 +54,7 @@ impl<const SLOTS: u32> Plan<SLOTS> {
 #[inline(always)]
 pub(super) unsafe fn body<T: Half, const SLOTS: u32>(params: &DecodeParams) {
     let p = &params.attention;
-    // First item, and one past the last. SAFETY: the host gives one more than CTAs.
-    let range =
-        |i: u32| unsafe { isa::ld_global_1(params.ranges + 4 * (isa::opaque(isa::block_x()) + i) as u64) }[0];
-    let (first, last) = (range(0), range(1));
+    let (first, last) = (range(&params.ranges, 0), range(&params.ranges, 1));
     if isa::agreed(first == last) {
         return;
     }
@@ -74,7 +71,7 @@ pub(super) unsafe fn body<T: Half, const SLOTS: u32>(params: &DecodeParams) {
     let s_at = base + Plan::<SLOTS>::S + 4 * (lane / 4 * S_STRIDE + 2 * (lane % 4));
 
     let mut index = first;
-    while isa::agreed(index < range(1)) {
+    while isa::agreed(index < range(&params.ranges, 1)) {
         let (item, seq) = load_item(p, index);
         copy_q::<T, T, CHUNKS, false>(p, &seq, &item, q, DECODE_ROWS as u32, 32 * DECODE_WARPS as u32);
         if isa::thread_x() == 0 {
@@ -169,6 +166,6 @@ pub(super) unsafe fn body<T: Half, const SLOTS: u32>(params: &DecodeParams) {
         index = place.index() + 1;
         // All have used Q and the place, and written their states.
         isa::bar_sync();
-        merge_if_last::<T, true>(params, &item, &seq, base + Plan::<SLOTS>::LAST);
+        merge_if_last::<T, true>(p, &params.ranges, &item, &seq, base + Plan::<SLOTS>::LAST);
     }
 }

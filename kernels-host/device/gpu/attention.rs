@@ -1,8 +1,8 @@
 //! Attention on a GPU: where a plan lies in device memory, and its launches.
 
 use ferroflash_kernels::abi::{
-    AttentionInt4Params, AttentionParams, DECODE_ROWS, DecodeParams, Divisor, MergeItem, MergePartialsParams,
-    PageMassParams, PageRows, ROWS_PER_CTA, Sequence, TokenRows, WorkItem,
+    AttentionInt4Params, AttentionParams, DecodeInt4Params, DecodeParams, Divisor, MergeItem,
+    MergePartialsParams, PageMassParams, PageRows, ROWS_PER_CTA, RangeParams, Sequence, TokenRows, WorkItem,
 };
 
 use super::append::{check_int4, int4_rows};
@@ -49,7 +49,7 @@ fn entry(family: &'static Family, dtype: DType, head_dim: usize) -> &'static str
     family[(dtype == DType::BF16) as usize][size]
 }
 
-/// Offsets of a plan's parts in its workspace. Items of ranges come first, then others of few rows.
+/// Offsets of a plan's parts in its workspace.
 pub(super) struct Workspace {
     pub(super) items: usize,
     ranges: usize,
@@ -132,11 +132,7 @@ impl Workspace {
     fn fill(&self, spec: &AttentionSpec, plan: &Plan) -> Vec<u8> {
         let mut data = vec![0u8; self.partials];
         let mut put = |at: usize, from: &[u8]| data[at..at + from.len()].copy_from_slice(from);
-        let (ranged, others) = plan.items.split_at(range_items(plan));
-        let (few, many): (Vec<&WorkItem>, Vec<&WorkItem>) = others.iter().partition(|i| is_few(i));
-        for (i, item) in ranged.iter().chain(few).chain(many).enumerate() {
-            put(self.items + i * size_of::<WorkItem>(), bytes(std::slice::from_ref(item)));
-        }
+        put(self.items, bytes(&plan.items));
         put(self.ranges, bytemuck::cast_slice(&plan.ranges));
         put(self.merges, bytes(&plan.merges));
         put(self.splits, bytemuck::cast_slice(&plan.splits));
@@ -148,10 +144,6 @@ impl Workspace {
         put(self.sink_logits, bytemuck::cast_slice(spec.sink_logits.as_deref().unwrap_or(&[])));
         data
     }
-}
-
-fn is_few(item: &WorkItem) -> bool {
-    item.row_end - item.row_start <= DECODE_ROWS as u32
 }
 
 /// Items that ranges are made of.
@@ -221,37 +213,40 @@ impl Gpu {
         let workspace = Workspace::new(spec, plan);
         let mut params = workspace.params(spec, plan, storage, rows, (k, v));
         let at = |offset: usize| storage.address() + offset as u64;
-        let decode = DecodeParams {
-            attention: params,
+        let ranges = RangeParams {
             ranges: at(workspace.ranges),
             merges: at(workspace.merges),
             splits: at(workspace.splits),
             arrivals: at(workspace.arrivals),
         };
-        let ctas = plan.ranges.len().saturating_sub(1);
-        self.launch(self.decode_entry(spec, dtype), [ctas, 1], words(&decode))?;
-        let others = &plan.items[range_items(plan)..];
-        params.items += (range_items(plan) * size_of::<WorkItem>()) as u64;
+        let ctas = [plan.ranges.len().saturating_sub(1), 1];
+        let others = plan.items.len() - range_items(plan);
+        let further = (range_items(plan) * size_of::<WorkItem>()) as u64;
         match &kv {
             Kv::Int4(pages) => {
                 let v_group = int4_v_group(spec.head_dim);
-                let mut params = AttentionInt4Params {
+                let mut int4 = AttentionInt4Params {
                     attention: params,
                     pages: int4_rows(pages),
                     v_group: Divisor::new(v_group as u32),
                     v_groups: (spec.head_dim / v_group) as u32,
                 };
-                let few = others.iter().filter(|i| is_few(i)).count();
-                for (count, family) in [(few, &DECODE_INT4), (others.len() - few, &PREFILL_INT4)] {
-                    self.launch(entry(family, dtype, spec.head_dim), [count, 1], words(&params))?;
-                    params.attention.items += (count * size_of::<WorkItem>()) as u64;
+                let decode = DecodeInt4Params { int4, ranges };
+                self.launch(entry(&DECODE_INT4, dtype, spec.head_dim), ctas, words(&decode))?;
+                int4.attention.items += further;
+                self.launch(entry(&PREFILL_INT4, dtype, spec.head_dim), [others, 1], words(&int4))?;
+            }
+            _ => {
+                let decode = DecodeParams { attention: params, ranges };
+                self.launch(self.decode_entry(spec, dtype), ctas, words(&decode))?;
+                params.items += further;
+                if plan.hopper {
+                    let next_item = at(workspace.next_item);
+                    self.launch_prefill_sm90(spec, plan, &params, (&q, &kv), next_item, others)?;
+                } else {
+                    self.launch(entry(&PREFILL, dtype, spec.head_dim), [others, 1], words(&params))?;
                 }
             }
-            _ if plan.hopper => {
-                let next_item = at(workspace.next_item);
-                self.launch_prefill_sm90(spec, plan, &params, (&q, &kv), next_item, others.len())?;
-            }
-            _ => self.launch(entry(&PREFILL, dtype, spec.head_dim), [others.len(), 1], words(&params))?,
         }
 
         // Those of ranges are done.

@@ -66,9 +66,7 @@ impl Backend for Gpu {
 
     fn schedule(&self, spec: &AttentionSpec, batch: &Batch<'_>, splits: Splits) -> Schedule {
         let processors = self.driver.processors();
-        // int4 KV has decode kernels whose CTAs take an item each, and latent KV is never int4.
-        let walk = batch.tail_slots.is_empty() || spec.is_latent();
-        let ranges = if walk { processors * self.decode_ctas(spec) } else { 0 };
+        let ranges = processors * self.decode_ctas(spec);
         let cascade = Some(self.driver.bytes_of_launches());
         if let Some((hopper, rows)) = self.driver.hopper().zip(self.prefill_sm90_rows(spec, batch, splits)) {
             return Schedule {
