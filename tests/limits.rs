@@ -119,6 +119,17 @@ fn beyond_the_limits_is_an_error_and_the_plan_stays() {
         refused(vec![(5, 30)], None, "at most 4 query tokens");
         check(&device, &mut plan, &good, &tables);
 
+        // Limits that no memory would hold.
+        for limits in [
+            PlanLimits { sequences: usize::MAX, ..LIMITS },
+            PlanLimits { pages: usize::MAX, ..LIMITS },
+            PlanLimits { q_tokens: 1 << 40, ..LIMITS },
+            PlanLimits { page_size: 0, ..LIMITS },
+            PlanLimits { pages: 1 << 28, page_size: 1 << 20, ..LIMITS },
+        ] {
+            let refused = AttentionPlan::with_limits(&device, &spec, limits, Splits::Fixed(64));
+            assert!(matches!(refused, Err(Error::Value { .. })), "{limits:?}");
+        }
         let batch = Batch::new(&good.qo_indptr, tables.kv_table());
         let mut plain = AttentionPlan::new(&device, &spec, &batch, Splits::Auto).unwrap();
         assert!(plain.update(&batch).unwrap_err().to_string().contains("with_limits"));

@@ -1,6 +1,6 @@
 //! Plans that are made anew in place: room for the largest batch, so that addresses and launches stay the same.
 
-use ferroflash_kernels::abi::DECODE_ROWS;
+use ferroflash_kernels::abi::{DECODE_ROWS, KV_BLOCK};
 
 use super::{Plan, Schedule, Splits};
 use crate::error::{Error, Result};
@@ -36,13 +36,39 @@ pub(crate) struct PlanSizes {
     pub(crate) partial_rows: usize,
 }
 
+/// Largest limit: four of them in a byte count stay far from overflow.
+const MOST: usize = 1 << 28;
+
 impl PlanLimits {
+    /// Refuses limits that no memory would hold.
+    pub(super) fn check(&self, op: &'static str, sizes: &PlanSizes) -> Result<()> {
+        let PlanLimits { sequences, q_tokens, page_size: _, pages, tree_words } = *self;
+        let all = [
+            ("limits.sequences", sequences),
+            ("limits.q_tokens", q_tokens),
+            ("limits.pages", pages),
+            ("limits.tree_words", tree_words),
+        ];
+        for (what, limit) in all {
+            if limit > MOST {
+                return Err(Error::value(op, what, "at most 2^28", limit));
+            }
+        }
+        if sizes.partial_rows > u32::MAX as usize {
+            let expected =
+                "limits with fewer than 2^32 rows of partial states: a larger split, or fewer pages";
+            return Err(Error::value(op, "limits", expected, sizes.partial_rows));
+        }
+        Ok(())
+    }
+
     /// The most that any batch within the limits needs, where `schedule.ranges` workers walk items.
     pub(super) fn sizes(&self, spec: &AttentionSpec, splits: Splits, schedule: Schedule) -> PlanSizes {
-        let (tiles, workers) = (self.sequences * spec.num_kv_heads, schedule.ranges.max(1));
+        let tiles = self.sequences.saturating_mul(spec.num_kv_heads);
+        let workers = schedule.ranges.max(1);
         // Workers cut tiles `workers - 1` times at most, each time into two states more at most.
         let mut sizes = PlanSizes {
-            items: tiles + workers - 1,
+            items: tiles.saturating_add(workers - 1),
             ranges: workers + 1,
             merges: (workers - 1).min(tiles),
             splits: 2 * (workers - 1),
@@ -54,10 +80,12 @@ impl PlanLimits {
         };
         if let Splits::Fixed(tokens) = splits {
             // A state for each section that a tile touches.
-            let sections = (self.pages * self.page_size).div_ceil(tokens.max(1)) + self.sequences;
+            let section = tokens.max(1).checked_next_multiple_of(KV_BLOCK).unwrap_or(usize::MAX);
+            let sections =
+                self.pages.saturating_mul(self.page_size).div_ceil(section).saturating_add(self.sequences);
             sizes.merges = tiles;
-            sizes.splits = sections * spec.num_kv_heads;
-            sizes.partial_rows = sections * spec.num_kv_heads * DECODE_ROWS;
+            sizes.splits = sections.saturating_mul(spec.num_kv_heads);
+            sizes.partial_rows = sizes.splits.saturating_mul(DECODE_ROWS);
         }
         sizes.range_merges = sizes.merges;
         sizes
@@ -115,8 +143,10 @@ impl Plan {
         if schedule.ranges > 0 {
             self.ranges.resize(schedule.ranges + 1, self.items.len() as u32);
         }
+        let sizes = limits.sizes(spec, splits, schedule);
+        limits.check(op, &sizes)?;
         self.total_q = limits.q_tokens;
-        self.reserved = Some(limits.sizes(spec, splits, schedule));
+        self.reserved = Some(sizes);
         Ok(())
     }
 }
