@@ -271,24 +271,26 @@ impl Attend<'_> {
         let s = scratch.s.add(i * KV_BLOCK);
         let head = kernel.query_head(item.kv_head, row);
 
+        // Base-2 logits are these numbers times `factor`, which comes in where the maximum is taken off: rounded before, a
+        // large logit would lose what its distance from the maximum is made of. A plain scale is part of it.
+        let plain = score.soft_cap == 0.0 && kernel.alibi_slopes.is_none() && score.scale > 0.0;
+        let factor = if plain { score.scale * LOG2_E } else { LOG2_E };
         if score.soft_cap > 0.0 {
-            let (to_unit, from_unit) =
-                (S::splat(score.scale / score.soft_cap), S::splat(score.soft_cap * LOG2_E));
+            let (to_unit, from_unit) = (S::splat(score.scale / score.soft_cap), S::splat(score.soft_cap));
             for c in (0..KV_BLOCK).step_by(S::LANES) {
                 let x = S::tanh(S::mul(S::load(s.add(c)), to_unit));
                 S::store(s.add(c), S::mul(x, from_unit));
             }
-        } else {
-            let scale = S::splat(score.scale * LOG2_E);
+        } else if !plain {
+            let scale = S::splat(score.scale);
             for c in (0..KV_BLOCK).step_by(S::LANES) {
                 S::store(s.add(c), S::mul(S::load(s.add(c)), scale));
             }
         }
         if let Some(slopes) = kernel.alibi_slopes {
             let q_pos = seq.position as i64 + (row / kernel.group) as i64;
-            let slope = slopes[head] * LOG2_E;
             for c in 0..n {
-                *s.add(c) += slope * (at as i64 + c as i64 - q_pos) as f32;
+                *s.add(c) += slopes[head] * (at as i64 + c as i64 - q_pos) as f32;
             }
         }
         self.mask_row(seq, row, at, n, s);
@@ -298,12 +300,12 @@ impl Attend<'_> {
             max = S::max(max, S::load(s.add(c)));
         }
         let old = *scratch.state.m.add(i);
-        let new = max_nan(old, S::reduce_max(max));
+        let new = max_nan(old, S::reduce_max(max) * factor);
         // A row that has seen nothing yet subtracts 0, not -inf: its weights come out 0, not NaN.
         let base = if new == f32::NEG_INFINITY { 0.0 } else { new };
         let mut sum = S::splat(0.0);
         for c in (0..KV_BLOCK).step_by(S::LANES) {
-            let p = S::exp2(S::sub(S::load(s.add(c)), S::splat(base)));
+            let p = S::exp2(S::fma(S::load(s.add(c)), S::splat(factor), S::splat(-base)));
             S::store(s.add(c), p);
             sum = S::add(sum, p);
         }
