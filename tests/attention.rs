@@ -186,7 +186,9 @@ fn empty_rows_are_zero_and_minus_infinity() {
 #[test]
 fn long_kv_is_split_and_merged() {
     let mut case = Case { lengths: vec![(1, 5000), (4, 3000)], ..base() };
-    for splits in [Splits::Auto, Splits::None, Splits::Fixed(512)] {
+    // Sections longer than anything, and than a u32, are one.
+    let whole = [Splits::Fixed(1 << 32), Splits::Fixed(usize::MAX)];
+    for splits in [Splits::Auto, Splits::None, Splits::Fixed(512)].into_iter().chain(whole) {
         case.splits = splits;
         check(case.clone());
     }

@@ -1,5 +1,7 @@
 //! What a plan is made from: lengths, page tables, trees, page lists.
 
+use ferroflash_kernels::abi::KV_BLOCK;
+
 /// How a sequence's KV is divided over workers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Splits {
@@ -12,6 +14,19 @@ pub enum Splits {
     /// merged in order, whatever else is in the batch and however the queries are chunked: a row's bits
     /// depend on its own query, keys and values alone.
     Fixed(usize),
+}
+
+/// A section that no sequence is longer than: KV lengths are below 2^31.
+const LONGEST: usize = 1 << 31;
+
+impl Splits {
+    /// Tokens of a fixed split's sections, whole blocks; 0: not fixed.
+    pub(crate) fn section(self) -> usize {
+        match self {
+            Splits::Fixed(tokens) => tokens.min(LONGEST).next_multiple_of(KV_BLOCK),
+            Splits::Auto | Splits::None => 0,
+        }
+    }
 }
 
 /// The lengths of one step: which queries and which KV belong to which sequence.

@@ -1,6 +1,6 @@
 //! Plans that are made anew in place: room for the largest batch, so that addresses and launches stay the same.
 
-use ferroflash_kernels::abi::{DECODE_ROWS, KV_BLOCK};
+use ferroflash_kernels::abi::DECODE_ROWS;
 
 use super::{Plan, Schedule, Splits};
 use crate::error::{Error, Result};
@@ -78,11 +78,10 @@ impl PlanLimits {
             partial_rows: 2 * (workers - 1) * DECODE_ROWS,
             ..PlanSizes::default()
         };
-        if let Splits::Fixed(tokens) = splits {
+        if splits.section() > 0 {
             // A state for each section that a tile touches.
-            let section = tokens.max(1).checked_next_multiple_of(KV_BLOCK).unwrap_or(usize::MAX);
-            let sections =
-                self.pages.saturating_mul(self.page_size).div_ceil(section).saturating_add(self.sequences);
+            let tokens = self.pages.saturating_mul(self.page_size);
+            let sections = tokens.div_ceil(splits.section()).saturating_add(self.sequences);
             sizes.merges = tiles;
             sizes.splits = sections.saturating_mul(spec.num_kv_heads);
             sizes.partial_rows = sizes.splits.saturating_mul(DECODE_ROWS);

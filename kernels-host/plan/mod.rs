@@ -69,13 +69,10 @@ impl Plan {
         schedule: Schedule,
     ) -> Result<Self> {
         let mut plan = Plan::lengths(op, spec, batch)?;
-        plan.section = match splits {
-            Splits::Fixed(0) => {
-                return Err(Error::value(op, "Splits::Fixed", "at least 1 token", 0));
-            }
-            Splits::Fixed(tokens) => tokens.checked_next_multiple_of(KV_BLOCK).unwrap_or(0),
-            Splits::Auto | Splits::None => 0,
-        };
+        if splits == Splits::Fixed(0) {
+            return Err(Error::value(op, "Splits::Fixed", "at least 1 token", 0));
+        }
+        plan.section = splits.section();
         plan.add_tree(op, spec, batch)?;
         plan.find_prefixes(spec, batch, splits, schedule);
         let tiles = match &batch.page_lists {

@@ -108,7 +108,7 @@ mod tests {
         };
         let (qo_indptr, kv_indptr) = (sums(|l| l.0), sums(|l| l.1));
         let batch = Batch::new(&qo_indptr, KvTable::Ragged { kv_indptr: &kv_indptr });
-        let schedule = Schedule { row_tile: 128, workers: 4, ranges, range_rows: 16, ..Schedule::default() };
+        let schedule = Schedule { row_tile: 128, workers: 4, ranges, ..Schedule::default() };
         Plan::new("test", spec, &batch, splits, schedule).unwrap()
     }
 

@@ -73,7 +73,6 @@ impl Backend for Gpu {
                 row_tile: rows,
                 workers: processors,
                 ranges,
-                range_rows: DECODE_ROWS,
                 cascade,
                 scratch: false,
                 hopper: true,
@@ -85,7 +84,6 @@ impl Backend for Gpu {
             row_tile: if spec.is_latent() { DECODE_ROWS } else { prefill_rows(spec.head_dim) },
             workers: CTAS_PER_PROCESSOR * processors,
             ranges,
-            range_rows: DECODE_ROWS,
             cascade,
             scratch: true,
             ..Schedule::default()
