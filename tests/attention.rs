@@ -24,11 +24,7 @@ fn base() -> Case {
 
 fn check(case: Case) {
     for device in devices() {
-        let problem = Problem::for_device(&case, &device);
-        let outcome = problem.run(&device);
-        if let Err(error) = problem.check(&device, &outcome) {
-            panic!("{error}\non {device:?}\n{:#?}", problem.case);
-        }
+        Problem::for_device(&case, &device).run_and_check(&device);
     }
 }
 

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::cases::{Case, MASKS, Place, Problem, masked};
+use common::cases::{Case, Place, Problem, every_kernel_and_mask};
 use ferroflash::op::attention::AttentionPlan;
 use ferroflash::{AttentionSpec, Batch, DType, Device, Kv, KvTable, Splits, Tensor};
 use ferroflash_kernels::abi::{PREFILL_SM90, PrefillTile};
@@ -74,23 +74,11 @@ fn pages_of_any_size_have_the_bits_of_contiguous_kv() {
 /// case has a seed of its own.
 #[test]
 fn every_kernel_with_every_mask() {
-    let mut seed = 0;
-    for (head_dim, v_head_dim) in [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)] {
-        for dtype in [DType::F16, DType::BF16] {
-            for kind in 0..MASKS {
-                let spec = masked(kind, head_dim, v_head_dim);
-                let case = case(spec, vec![(70, 700), (33, 33)], Place::Ragged);
-                let case = Case { q_dtype: dtype, kv_dtype: dtype, ..case };
-                let device = Device::sim_hopper(seed);
-                let problem = Problem::new(case);
-                let outcome = problem.run(&device);
-                problem
-                    .check(&device, &outcome)
-                    .unwrap_or_else(|e| panic!("{head_dim} {kind}, seed {seed}: {e}"));
-                seed += 1;
-            }
-        }
-    }
+    every_kernel_and_mask(0, |spec, dtype, _, seed| {
+        let case = case(spec, vec![(70, 700), (33, 33)], Place::Ragged);
+        Problem::new(Case { q_dtype: dtype, kv_dtype: dtype, ..case })
+            .run_and_check(&Device::sim_hopper(seed));
+    });
 }
 
 /// K and V come once for each tile of rows, from its first visible block to its last; shared memory has no bank conflicts.

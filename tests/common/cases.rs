@@ -39,20 +39,24 @@ pub struct Case {
     pub seed: u64,
 }
 
-/// Kinds of [`masked`].
-pub const MASKS: usize = 4;
-
-/// Four query heads on two, with a mask and scores of a kind: causal; a window with sinks; a soft cap and learned sinks; all
-/// visible, with slopes.
-pub fn masked(kind: usize, head_dim: usize, v_head_dim: usize) -> AttentionSpec {
-    let mut spec = AttentionSpec::new(4, 2, head_dim).v_head_dim(v_head_dim).causal();
-    match kind {
-        0 => {}
-        1 => (spec.window, spec.num_sinks) = (Some(150), 5),
-        2 => (spec.soft_cap, spec.sink_logits) = (Some(2.0), Some(vec![0.5; 4])),
-        _ => (spec.causal, spec.alibi_slopes) = (false, Some(vec![0.1, 0.02, 0.3, 0.01])),
+/// Calls `run` for every head dimension's kernels, K's and V's, in both types and with every kind of mask: four query heads on
+/// two, causal; under a window with sinks; with a soft cap and learned sinks; all visible, with slopes. Counts from `seed`.
+pub fn every_kernel_and_mask(mut seed: u64, mut run: impl FnMut(AttentionSpec, DType, usize, u64)) {
+    for (head_dim, v_head_dim) in [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)] {
+        for dtype in [DType::F16, DType::BF16] {
+            for kind in 0..4 {
+                let mut spec = AttentionSpec::new(4, 2, head_dim).v_head_dim(v_head_dim).causal();
+                match kind {
+                    0 => {}
+                    1 => (spec.window, spec.num_sinks) = (Some(150), 5),
+                    2 => (spec.soft_cap, spec.sink_logits) = (Some(2.0), Some(vec![0.5; 4])),
+                    _ => (spec.causal, spec.alibi_slopes) = (false, Some(vec![0.1, 0.02, 0.3, 0.01])),
+                }
+                run(spec, dtype, kind, seed);
+                seed += 1;
+            }
+        }
     }
-    spec
 }
 
 /// What a device gave.
@@ -211,6 +215,13 @@ impl Problem {
             }
         }
         (exact, naive)
+    }
+
+    /// Runs the case, and compares with the oracle.
+    pub fn run_and_check(&self, device: &Device) {
+        if let Err(error) = self.check(device, &self.run(device)) {
+            panic!("{error}\non {device:?}\n{:#?}", self.case);
+        }
     }
 
     /// Runs the case on a device.

@@ -1,8 +1,11 @@
 //! Partial states of a row, in the order of their KV, to a finished row.
 
-use crate::abi::{Divisor, MergeItem, Sequence, TokenRows, partial_stride};
+use crate::abi::{
+    AttentionParams, DECODE_WARPS, Divisor, MergeItem, NO_MERGE, RangeParams, Sequence, TokenRows, WorkItem,
+    partial_stride,
+};
 use crate::attn::output::sink_logit;
-use crate::attn::rows::token_head;
+use crate::attn::rows::{read_struct, token_head};
 use crate::attn::softmax;
 use crate::isa;
 use crate::tile::Half;
@@ -104,5 +107,51 @@ impl Merging<'_> {
             // SAFETY: as above.
             unsafe { isa::st_global_1(self.lse.at(token, head), [lse.to_bits()]) };
         }
+    }
+}
+
+/// Where the item is a part of its rows' KV: the CTA that has come last merges all parts.
+#[inline(always)]
+#[track_caller]
+pub(crate) fn merge_if_last<T: Half, const WIDE: bool>(
+    p: &AttentionParams,
+    ranges: &RangeParams,
+    item: &WorkItem,
+    seq: &Sequence,
+    flag: u32,
+) {
+    if isa::agreed(item.merge == NO_MERGE) {
+        return;
+    }
+    // SAFETY: the plan has the item's merge.
+    let merge: MergeItem =
+        unsafe { read_struct(ranges.merges + item.merge as u64 * size_of::<MergeItem>() as u64) };
+    if isa::thread_x() == 0 {
+        // SAFETY: a counter per merge; the flag's word is free since the barrier before the item.
+        unsafe {
+            let most = merge.num_items - 1;
+            let before = isa::atom_inc_global_acq_rel(ranges.arrivals + 4 * item.merge as u64, most);
+            isa::st_shared_1(flag, [(before == most) as u32]);
+        }
+    }
+    isa::bar_sync();
+    // SAFETY: written before the barrier.
+    if isa::agreed(unsafe { isa::ld_shared_1(flag) }[0] == 0) {
+        return;
+    }
+    let merging = Merging {
+        out: &p.out,
+        lse: &p.lse,
+        sink_logits: p.sink_logits,
+        partials: p.partials,
+        splits: ranges.splits,
+        group: p.group,
+        v_head_dim: p.v_head_dim,
+    };
+    let mut row = merge.row_start + isa::thread_x() / 32;
+    while isa::agreed(row < merge.row_end) {
+        // SAFETY: all parts are written: their CTAs have come to the counter before; a row is one warp's.
+        unsafe { merging.row::<T, WIDE>(&merge, seq, row) };
+        row += DECODE_WARPS as u32;
     }
 }

@@ -10,13 +10,12 @@ use core::marker::PhantomData;
 
 use crate::abi::{DECODE_ROWS, DECODE_WARPS, DecodeParams, KV_BLOCK, WorkItem};
 use crate::attn::mask;
+use crate::attn::merge::merge_if_last;
 use crate::attn::output::{Accumulator, Output};
-use crate::attn::rows::{Place, load_item};
+use crate::attn::rows::{Place, copy_q, load_item};
 use crate::attn::softmax::{self, Logits, Scores, State, rescale};
 use crate::isa;
-use crate::kernels::prefill::copy_q;
-use crate::kernels::ranges::{merge_if_last, range};
-use crate::sched::{BlockRing, STAGE, Units, stages};
+use crate::sched::{BlockRing, STAGE, Units, range, stages};
 use crate::tile::fragment::c_to_a;
 use crate::tile::{Half, SharedTile};
 

@@ -8,18 +8,15 @@ use core::marker::PhantomData;
 
 use crate::abi::{DECODE_ROWS, DECODE_WARPS, DecodeInt4Params, KV_BLOCK};
 use crate::attn::mask;
+use crate::attn::merge::merge_if_last;
 use crate::attn::output::{Accumulator, Output};
-use crate::attn::rows::{Place, load_item};
-use crate::attn::softmax::{Logits, Scores, State, rescale};
+use crate::attn::rows::{Place, copy_q, load_item};
+use crate::attn::shared_scores::SharedScores;
+use crate::attn::softmax::{Logits, State, rescale};
 use crate::isa;
-use crate::kernels::prefill::copy_q;
-use crate::kernels::ranges::{merge_if_last, range};
-use crate::sched::{Int4Ring, Source, section_end};
+use crate::sched::{Int4Ring, Source, range, section_end};
 use crate::tile::fragment::c_to_a;
 use crate::tile::{F16, Half, SharedTile};
-
-/// Words from row to row of S: 64, and 8 so that four rows of a half-warp's stores meet 32 banks.
-const S_STRIDE: u32 = 72;
 
 /// `CHUNKS` of 8 channels: four stages, of which three are on their way.
 pub(super) struct Config<const CHUNKS: u32>(PhantomData<()>);
@@ -37,7 +34,7 @@ struct Plan<const CHUNKS: u32>;
 
 impl<const CHUNKS: u32> Plan<CHUNKS> {
     const S: u32 = SharedTile::<CHUNKS>::bytes(DECODE_ROWS as u32);
-    const PLACE: u32 = Self::S + 4 * S_STRIDE * DECODE_ROWS as u32;
+    const PLACE: u32 = Self::S + SharedScores::BYTES;
     const LAST: u32 = Self::PLACE + Place::BYTES;
     const TILES: u32 = (Self::LAST + 4).next_multiple_of(128);
 }
@@ -55,8 +52,7 @@ pub(super) unsafe fn body<Io: Half, const CHUNKS: u32, const TILES: usize>(param
     let logits = Logits::new(&p.score, p.alibi_slopes != 0);
     let channel = 8 * TILES as u32 * warp;
     let output = Output { p, channel, leads: warp == 0 };
-    // The lane's place in S, as a C fragment.
-    let s_at = base + Plan::<CHUNKS>::S + 4 * (lane / 4 * S_STRIDE + 2 * (lane % 4));
+    let scores = SharedScores::new(base + Plan::<CHUNKS>::S);
 
     let mut index = range(&params.ranges, 0);
     while isa::agreed(index < range(&params.ranges, 1)) {
@@ -92,25 +88,10 @@ pub(super) unsafe fn body<Io: Half, const CHUNKS: u32, const TILES: usize>(param
                         F16::mma(&mut part[1], a, b[1]);
                     }
                 }
-                for (j, x) in part.iter().enumerate() {
-                    let to = s_at + 4 * (16 * warp + 8 * j as u32);
-                    // SAFETY: the lane's own words of S; all readers of the last block's are past a barrier.
-                    unsafe {
-                        isa::st_shared_2(to, [x[0].to_bits(), x[1].to_bits()]);
-                        isa::st_shared_2(to + 4 * 8 * S_STRIDE, [x[2].to_bits(), x[3].to_bits()]);
-                    }
-                }
+                scores.put(warp, &part);
                 let v = ring.take_v(at);
                 let lane = isa::opaque(lane);
-                let mut s: Scores<8> = [[0.0; 4]; 8];
-                for (j, x) in s.iter_mut().enumerate() {
-                    let from = s_at + 4 * 8 * j as u32;
-                    // SAFETY: written before the barrier in `take`.
-                    unsafe {
-                        [x[0], x[1]] = isa::ld_shared_2(from).map(f32::from_bits);
-                        [x[2], x[3]] = isa::ld_shared_2(from + 4 * 8 * S_STRIDE).map(f32::from_bits);
-                    }
-                }
+                let mut s = scores.take();
                 logits.apply(&mut s, &rows, at);
                 mask::hide::<true, 8>(&rows, at, &mut s);
                 let correction = state.step(&mut s, logits.factor);

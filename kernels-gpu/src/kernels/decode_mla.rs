@@ -9,13 +9,13 @@ use core::marker::PhantomData;
 
 use crate::abi::{DECODE_ROWS, DECODE_WARPS, DecodeParams, KV_BLOCK};
 use crate::attn::mask;
+use crate::attn::merge::merge_if_last;
 use crate::attn::output::{Accumulator, Output};
-use crate::attn::rows::{Place, load_item};
-use crate::attn::softmax::{Logits, Scores, State, rescale};
+use crate::attn::rows::{Place, copy_q, load_item};
+use crate::attn::shared_scores::SharedScores;
+use crate::attn::softmax::{Logits, State, rescale};
 use crate::isa;
-use crate::kernels::prefill::copy_q;
-use crate::kernels::ranges::{merge_if_last, range};
-use crate::sched::{BlockRing, STAGE, Units, stages};
+use crate::sched::{BlockRing, Units, range, stages};
 use crate::tile::fragment::c_to_a;
 use crate::tile::{Half, SharedTile};
 
@@ -24,9 +24,6 @@ const CHUNKS: u32 = 72;
 
 /// Tiles of 8 channels of O in a warp: of four, 512.
 const TILES: usize = 16;
-
-/// Words from row to row of S: 64, and 8 so that four rows of a half-warp's stores meet 32 banks.
-const S_STRIDE: u32 = 72;
 
 /// `SLOTS` stages of 16 tokens, 18 KiB each: four, a block, where shared memory ends at 99 KiB; seven where it ends at 163,
 /// so that at least three are on their way.
@@ -45,7 +42,7 @@ struct Plan<const SLOTS: u32>;
 
 impl<const SLOTS: u32> Plan<SLOTS> {
     const S: u32 = SharedTile::<CHUNKS>::bytes(DECODE_ROWS as u32);
-    const PLACE: u32 = Self::S + 4 * S_STRIDE * DECODE_ROWS as u32;
+    const PLACE: u32 = Self::S + SharedScores::BYTES;
     const LAST: u32 = Self::PLACE + Place::BYTES;
     const RING: u32 = (Self::LAST + 4).next_multiple_of(128);
 }
@@ -67,8 +64,7 @@ pub(super) unsafe fn body<T: Half, const SLOTS: u32>(params: &DecodeParams) {
     let rows = place.rows(0);
     let logits = Logits::new(&p.score, p.alibi_slopes != 0);
     let output = Output { p, channel: 8 * TILES as u32 * warp, leads: warp == 0 };
-    // The lane's place in S, as a C fragment.
-    let s_at = base + Plan::<SLOTS>::S + 4 * (lane / 4 * S_STRIDE + 2 * (lane % 4));
+    let scores = SharedScores::new(base + Plan::<SLOTS>::S);
 
     let mut index = first;
     while isa::agreed(index < range(&params.ranges, 1)) {
@@ -106,24 +102,9 @@ pub(super) unsafe fn body<T: Half, const SLOTS: u32>(params: &DecodeParams) {
                         chunk += 4;
                     }
                 }
-                for (j, x) in part.iter().enumerate() {
-                    let to = s_at + 4 * (STAGE * warp + 8 * j as u32);
-                    // SAFETY: the lane's own words of S; all readers of the last block's are past a barrier.
-                    unsafe {
-                        isa::st_shared_2(to, [x[0].to_bits(), x[1].to_bits()]);
-                        isa::st_shared_2(to + 4 * 8 * S_STRIDE, [x[2].to_bits(), x[3].to_bits()]);
-                    }
-                }
+                scores.put(warp, &part);
                 isa::bar_sync();
-                let mut s: Scores<8> = [[0.0; 4]; 8];
-                for (j, x) in s.iter_mut().enumerate() {
-                    let from = s_at + 4 * 8 * j as u32;
-                    // SAFETY: written before the barrier.
-                    unsafe {
-                        [x[0], x[1]] = isa::ld_shared_2(from).map(f32::from_bits);
-                        [x[2], x[3]] = isa::ld_shared_2(from + 4 * 8 * S_STRIDE).map(f32::from_bits);
-                    }
-                }
+                let mut s = scores.take();
                 logits.apply(&mut s, &rows, at);
                 mask::hide::<true, 8>(&rows, at, &mut s);
                 let correction = state.step(&mut s, logits.factor);

@@ -13,7 +13,6 @@ mod merge_states;
 mod page_mass;
 mod prefill;
 mod prefill_sm90;
-mod ranges;
 mod sample;
 mod select_pages;
 

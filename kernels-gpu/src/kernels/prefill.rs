@@ -6,10 +6,10 @@
 
 use core::marker::PhantomData;
 
-use crate::abi::{AttentionParams, KV_BLOCK, Sequence, WorkItem, prefill_rows};
+use crate::abi::{KV_BLOCK, prefill_rows};
 use crate::attn::mask;
 use crate::attn::output::{Accumulator, Output};
-use crate::attn::rows::{Place, load_item, token_head};
+use crate::attn::rows::{Place, copy_q, load_item};
 use crate::attn::softmax::{Logits, Scores, State, rescale};
 use crate::isa;
 use crate::sched::{Source, section_end};
@@ -151,51 +151,4 @@ pub(super) unsafe fn body<
             return;
         }
     }
-}
-
-/// Brings the item's query rows to shared memory: at once or, with `ASYNC` and where they are not to be converted, by
-/// copies of the group that is committed next; zeros for rows up to `tile_rows` and channels that are not there.
-#[inline(always)]
-pub(super) fn copy_q<Io: Half, T: Half, const CHUNKS: u32, const ASYNC: bool>(
-    p: &AttentionParams,
-    seq: &Sequence,
-    item: &WorkItem,
-    q: SharedTile<CHUNKS>,
-    tile_rows: u32,
-    threads: u32,
-) {
-    // Opaque, where the kernel comes here again: what follows from it is not computed ahead of its loops.
-    let mut index = if ASYNC { isa::thread_x() } else { isa::opaque(isa::thread_x()) };
-    while index < tile_rows * CHUNKS {
-        let (row, chunk) = (index / CHUNKS, index % CHUNKS);
-        let packed = item.row_start + row;
-        let there = packed < item.row_end && chunk * 8 < p.head_dim;
-        let mut from = p.q.base;
-        if there {
-            let (token, head) = token_head(p.group, item.kv_head, packed);
-            from = p.q.at(seq.q_start + token as u64, head) + chunk as u64 * 16;
-        }
-        // SAFETY: rows below the item's end are inside Q, as the host has checked; the tile is its own.
-        unsafe {
-            if ASYNC && Io::IS_BF16 == T::IS_BF16 {
-                isa::cp_async_16(q.at(row, chunk), from, if there { 16 } else { 0 });
-            } else {
-                let words = if there { isa::ld_global_4(from) } else { [0; 4] };
-                let words = if Io::IS_BF16 == T::IS_BF16 { words } else { words.map(convert::<Io, T>) };
-                isa::st_shared_4(q.at(row, chunk), words);
-            }
-        }
-        index += threads;
-    }
-}
-
-/// Two values in another 16-bit type; f16 takes bf16's up to its own largest.
-#[inline(always)]
-fn convert<Io: Half, T: Half>(x: u32) -> u32 {
-    let clamp = |x: f32| {
-        let x = if x > 65504.0 { 65504.0 } else { x };
-        if x < -65504.0 { -65504.0 } else { x }
-    };
-    let (low, high) = Io::unpack(x);
-    if T::IS_BF16 { T::pack(low, high) } else { T::pack(clamp(low), clamp(high)) }
 }

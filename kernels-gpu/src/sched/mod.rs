@@ -12,5 +12,5 @@ pub(crate) use block_ring::{BlockRing, STAGE, stages};
 pub(crate) use int4_ring::Int4Ring;
 pub(crate) use ring::{Ring, Source, section_end};
 pub(crate) use stages::{Cursor, Full, Stages};
-pub(crate) use units::Units;
+pub(crate) use units::{Units, range};
 pub(crate) use walk::Walk;

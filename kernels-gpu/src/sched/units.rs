@@ -1,6 +1,6 @@
-//! How workers share an item's KV: the warps of a CTA, or the CTA as one.
+//! Who takes what: a CTA its range of items; workers, the warps of a CTA or the CTA as one, an item's KV.
 
-use crate::abi::{AttentionParams, KV_BLOCK, WorkItem};
+use crate::abi::{AttentionParams, KV_BLOCK, RangeParams, WorkItem};
 use crate::isa;
 
 /// An item's KV in units, blocks or the sections of a fixed split, which `WORKERS` take in turn; this one's that are left. An
@@ -76,4 +76,14 @@ impl<const WORKERS: u32> Units<WORKERS> {
             end: if end < self.end { end } else { self.end },
         }
     }
+}
+
+/// The CTA's first item (0), or one past its last (1): loaded where it is needed, and not kept in registers.
+#[inline(always)]
+#[track_caller]
+pub(crate) fn range(ranges: &RangeParams, i: u32) -> u32 {
+    let at = ranges.ranges + 4 * (isa::opaque(isa::block_x()) + i) as u64;
+    // SAFETY: the host gives one more than CTAs.
+    let [item] = unsafe { isa::ld_global_1(at) };
+    item
 }
