@@ -209,10 +209,11 @@ impl std::fmt::Debug for AttentionPlan {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(
             f,
-            "{} on {}: {} sequences, {} query tokens, {} work items, {} merges, {} bytes of workspace",
+            "{} on {}: {} sequences, {} shared prefixes, {} query tokens, {} work items, {} merges, {} bytes of workspace",
             self.op,
             self.device.id(),
-            self.plan.sequences.len(),
+            self.plan.own_sequences().len(),
+            self.plan.shared_prefixes().len(),
             self.plan.total_q,
             self.plan.items.len(),
             self.plan.merges.len(),

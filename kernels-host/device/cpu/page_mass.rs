@@ -13,11 +13,10 @@ pub(super) fn page_mass(cpu: &Cpu, mut call: PageMassCall<'_>) {
     let heads = call.spec.num_kv_heads;
     let row = call.mass.layout.strides[0];
     let mass = Shared(call.mass.reborrow().ptr().cast::<f32>());
-    let call = &call;
-    let sequences = call.plan.own_sequences();
+    let (job, sequences) = (Job(&call), call.plan.own_sequences());
     cpu.for_each(sequences.len() * heads, |i| {
         let (seq, head) = (&sequences[i / heads], i % heads);
-        let sums = cpu.level.run(Sums { call, seq, head });
+        let sums = cpu.level.run(Sums { job: &job, seq, head });
         for (page, sum) in sums.into_iter().enumerate() {
             // SAFETY: the sequence's own entries of its head's row, which the door has checked.
             unsafe { *mass.get().add(head * row + seq.page_start as usize + page) += sum };
@@ -25,22 +24,25 @@ pub(super) fn page_mass(cpu: &Cpu, mut call: PageMassCall<'_>) {
     });
 }
 
+/// What all threads read.
+struct Job<'a>(&'a PageMassCall<'a>);
+
+// SAFETY: what the call points to is only read, but for the masses, and those through `Shared`, each by one thread.
+unsafe impl Sync for Job<'_> {}
+
 /// Each page's sum, of one sequence and KV head.
 struct Sums<'a> {
-    call: &'a PageMassCall<'a>,
+    job: &'a Job<'a>,
     seq: &'a Sequence,
     head: usize,
 }
-
-// SAFETY: what a call points to is only read, but for the masses, which `Sums` does not touch.
-unsafe impl Sync for PageMassCall<'_> {}
 
 impl Task for Sums<'_> {
     type Out = Vec<f32>;
 
     #[inline(always)]
     unsafe fn run<S: Simd>(self) -> Vec<f32> {
-        let Sums { call: PageMassCall { spec, plan, q, k, lse, .. }, seq, head } = self;
+        let Sums { job: Job(PageMassCall { spec, plan, q, k, lse, .. }), seq, head } = self;
         let (dim, group) = (spec.head_dim, spec.group());
         let padded = dim.next_multiple_of(16);
         let (q_strides, q_size) = (q.strides(), q.dtype().size());
