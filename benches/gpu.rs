@@ -68,7 +68,9 @@ fn main() -> Result<()> {
                     decode(&device, batch, len, page_size, KvFormat::Float(DType::BF16))?;
                 }
             }
-            decode(&device, batch, len, 64, KvFormat::Int4 { num_tails: batch })?;
+            for format in [KvFormat::int4(batch), KvFormat::FP8, KvFormat::INT8] {
+                decode(&device, batch, len, 64, format)?;
+            }
         }
     }
     if wanted("mla") {
@@ -273,7 +275,7 @@ fn filled(
             let (indptr, seq_lens) = ([0, n as u32], [(start + n) as u32]);
             let kv = KvTable::Block { page_size, block_table, max_blocks: pages, seq_lens: &seq_lens };
             let tail = [s as u32];
-            let tail_slots: &[u32] = if matches!(format, KvFormat::Int4 { .. }) { &tail } else { &[] };
+            let tail_slots: &[u32] = if format.has_tails() { &tail } else { &[] };
             let step = Batch { tail_slots, ..Batch::new(&indptr, kv) };
             let (k, v) = (k.view().narrow(0, 0, n)?, v.view().narrow(0, 0, n)?);
             AppendPlan::from_batch(device, spec, None, &step)?.run(None, k, v, cache.view_mut())?;
@@ -283,7 +285,8 @@ fn filled(
 }
 
 fn decode(device: &Device, batch: usize, len: usize, page_size: usize, format: KvFormat) -> Result<()> {
-    let spec = AttentionSpec::new(32, 8, 128).causal();
+    let mut spec = AttentionSpec::new(32, 8, 128).causal();
+    spec.quantized_kv = format.is_quantized();
     let cache_bytes = filled_bytes(&spec, batch, len, page_size, format);
     let copies = (ROTATE_BYTES / cache_bytes).clamp(1, 8);
     let caches: Vec<_> =
@@ -297,14 +300,19 @@ fn decode(device: &Device, batch: usize, len: usize, page_size: usize, format: K
         max_blocks: len.div_ceil(page_size),
         seq_lens: &seq_lens,
     };
-    let int4 = matches!(format, KvFormat::Int4 { .. });
-    let lengths = Batch { tail_slots: if int4 { &tails } else { &[] }, ..Batch::new(&indptr, table) };
+    let lengths =
+        Batch { tail_slots: if format.has_tails() { &tails } else { &[] }, ..Batch::new(&indptr, table) };
     let mut plan = AttentionPlan::new(device, &spec, &lengths, Splits::Auto)?;
     let q = random(device, &[batch, 32, 128], 9)?;
     let mut out = Tensor::zeros(device, DType::BF16, &[batch, 32, 128])?;
     let ms = median(device, |i| plan.run(q.view(), caches[i % copies].0.view(), out.view_mut(), None))?;
     let gbps = cache_bytes as f64 / ms as f64 / 1e6;
-    let kv = if int4 { "int4" } else { "bf16" };
+    let kv = match format {
+        KvFormat::INT8 => "int8",
+        KvFormat::FP8 => "fp8",
+        KvFormat::Quantized { .. } => "int4",
+        KvFormat::Float(_) => "bf16",
+    };
     println!(
         "{{\"op\":\"decode\",\"kv\":\"{kv}\",\"batch\":{batch},\"len\":{len},\"page_size\":{page_size},\"q_heads\":32,\"kv_heads\":8,\"head_dim\":128,\"ms\":{ms},\"gbps\":{gbps}}}"
     );

@@ -3,6 +3,7 @@
 
 pub mod device;
 mod error;
+mod kv;
 mod kv_cache;
 mod layout;
 pub mod op;
@@ -12,7 +13,8 @@ mod tensor;
 
 pub use device::{CpuOptions, Device, DeviceId, SimdLevel};
 pub use error::{Error, Result};
-pub use kv_cache::{INT4_GROUP, Int4Pages, Int4PagesMut, Kv, KvCache, KvCacheSpec, KvFormat, KvMut};
+pub use kv::{INT4_GROUP, Kv, KvMut, QuantPages};
+pub use kv_cache::{KvCache, KvCacheSpec, KvCode, KvFormat};
 pub use layout::{Dims, MAX_RANK};
 pub use plan::{Batch, KvTable, PageLists, Plan, PlanLimits, SharedPrefix, Splits, TreeMask};
 pub use spec::{AttentionSpec, RopeScaling, RopeSpec, RopeStyle};

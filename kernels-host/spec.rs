@@ -19,7 +19,7 @@ pub struct AttentionSpec {
     /// most 576 (multi-head latent attention: DeepSeek's 576 and 512; on a GPU V is then a view of K's first channels).
     pub head_dim: usize,
     /// Channels per head of values and outputs: a multiple of 8, at most `head_dim`. [`AttentionSpec::new`] sets
-    /// `head_dim`; fewer are for views of K and V (DeepSeek's 192 and 128), not for int4 KV.
+    /// `head_dim`; fewer are for views of K and V (DeepSeek's 192 and 128), not for quantised KV.
     pub v_head_dim: usize,
     /// Factor on the dot product; [`AttentionSpec::new`] sets `1 / sqrt(head_dim)`.
     pub softmax_scale: f32,
@@ -38,6 +38,8 @@ pub struct AttentionSpec {
     /// Learned sink logits, one per query head: each takes part in the softmax's denominator as a key
     /// with no value, and so in the LSE.
     pub sink_logits: Option<Vec<f32>>,
+    /// Whether plans are for [`Kv::Quantized`](crate::Kv::Quantized), which has kernels of its own, and for no other.
+    pub quantized_kv: bool,
 }
 
 impl AttentionSpec {
@@ -55,7 +57,14 @@ impl AttentionSpec {
             soft_cap: None,
             alibi_slopes: None,
             sink_logits: None,
+            quantized_kv: false,
         }
+    }
+
+    /// Plans are for quantised KV.
+    pub fn quantized_kv(mut self) -> Self {
+        self.quantized_kv = true;
+        self
     }
 
     /// Sets `causal`.
@@ -123,6 +132,11 @@ impl AttentionSpec {
         if self.v_head_dim == 0 || self.v_head_dim > self.head_dim || !self.v_head_dim.is_multiple_of(8) {
             let expected = format_args!("a multiple of 8 from 8 to head_dim, {}", self.head_dim).to_string();
             return Err(Error::value(op, "v_head_dim", expected, self.v_head_dim));
+        }
+        if self.quantized_kv && (self.is_latent() || self.v_head_dim != self.head_dim) {
+            let expected = "at most 256, and v_head_dim the same, for quantised KV";
+            let got = format_args!("{} and {}", self.head_dim, self.v_head_dim).to_string();
+            return Err(Error::value(op, "head_dim", expected, got));
         }
         if !self.softmax_scale.is_finite() {
             return Err(Error::value(op, "softmax_scale", "a finite number", self.softmax_scale));

@@ -19,7 +19,7 @@ pub enum DType {
     F16,
     /// bfloat16.
     BF16,
-    /// Byte; two int4 codes in int4 KV.
+    /// Byte; a code of quantised KV, or two of four bits.
     U8,
     /// 32-bit unsigned, for indices.
     U32,

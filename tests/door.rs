@@ -188,7 +188,7 @@ fn appends() {
     refused(run(&mut cache(float, 2, 4).unwrap()), &["slots", "2", "below 2"]);
     refused(run(&mut cache(float, 3, 5).unwrap()), &["page_size", "4", "5"]);
     run(&mut cache(float, 3, 4).unwrap()).unwrap();
-    let int4 = KvFormat::Int4 { num_tails: 1 };
+    let int4 = KvFormat::int4(1);
     refused(cache(int4, 1, 40), &["page_size", "32", "40"]);
     let plan = AppendPlan::from_slots(&device, &spec, None, 32, &[0], &[0]).unwrap();
     let into_int4 = plan.run(None, k.view(), k.view(), cache(int4, 1, 32).unwrap().view_mut());

@@ -141,8 +141,8 @@ fn beyond_the_limits_is_an_error_and_the_plan_stays() {
 fn int4_within_limits() {
     let (page_size, heads, dim) = (32, 2, 64);
     for device in devices() {
-        let spec = AttentionSpec::new(8, heads, dim).causal();
-        let format = KvFormat::Int4 { num_tails: 3 };
+        let spec = AttentionSpec::new(8, heads, dim).causal().quantized_kv();
+        let format = KvFormat::int4(3);
         let cache_spec = KvCacheSpec {
             num_pages: 40,
             page_size,

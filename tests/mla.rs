@@ -146,28 +146,26 @@ fn other_shapes_are_refused() {
         let with_tails =
             AttentionPlan::new(&device, &AttentionSpec::new(4, 1, 576).v_head_dim(512), &tails, Splits::Auto);
         assert!(with_tails.unwrap().plan().ranges().len() > 1);
-        // int4 has no latent form: neither attention nor reading back.
+        // Quantised KV has no latent form: neither attention nor reading back.
         let spec = KvCacheSpec {
             num_pages: 1,
             page_size: 32,
             num_kv_heads: 1,
             head_dim: 320,
-            format: KvFormat::Int4 { num_tails: 1 },
+            format: KvFormat::int4(1),
             summaries: false,
         };
         let cache = KvCache::new(&device, spec).unwrap();
         let table = KvTable::Block { page_size: 32, block_table: &[0], max_blocks: 1, seq_lens: &[10] };
         let tails = Batch { tail_slots: &[0], ..Batch::new(&[0, 1], table) };
-        let mut wide =
-            AttentionPlan::new(&device, &AttentionSpec::new(4, 1, 320), &tails, Splits::Auto).unwrap();
-        let mut rows = Tensor::zeros(&device, DType::F16, &[1, 4, 320]).unwrap();
-        let q = Tensor::zeros(&device, DType::F16, &[1, 4, 320]).unwrap();
-        let refused = wide.run(q.view(), cache.view(), rows.view_mut(), None).unwrap_err();
+        let latent = AttentionSpec::new(4, 1, 320).quantized_kv();
+        let refused = AttentionPlan::new(&device, &latent, &tails, Splits::Auto).unwrap_err();
         assert!(refused.to_string().contains("at most 256"), "{refused}");
-        let Kv::Int4(pages) = cache.view() else { panic!() };
+        let Kv::Quantized { k: keys, v: values } = cache.view() else { panic!() };
         let mut back = [(); 2].map(|_| Tensor::zeros(&device, DType::F32, &[1, 1, 32, 320]).unwrap());
         let [k, v] = &mut back;
-        assert!(ferroflash::op::int4::dequantize(&device, pages, k.view_mut(), v.view_mut()).is_err());
+        let read = ferroflash::op::quantized::dequantize(&device, (keys, values), k.view_mut(), v.view_mut());
+        assert!(read.is_err());
         // Values of their own.
         let mut good = plan(AttentionSpec::new(4, 1, 576).v_head_dim(512)).unwrap();
         let zeros = |shape: &[usize]| Tensor::zeros(&device, DType::F16, shape).unwrap();

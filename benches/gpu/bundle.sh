@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 out=target/gpu-bundle
 rm -rf "$out"
 mkdir -p "$out"
-tests=(attention append int4 sparse layer limits cascade page_mass mla conformance conformance_sm90 cuda)
+tests=(attention append quantized sparse layer limits cascade page_mass mla conformance conformance_sm90 cuda)
 args=()
 for test in "${tests[@]}"; do args+=(--test "$test"); done
 bench() { cargo bench --quiet --no-run --features "$1" --bench gpu --message-format=json; }
@@ -23,7 +23,7 @@ for line in sys.stdin:
 ' "$out"
 cp benches/gpu/run.sh benches/gpu/run.py benches/gpu/peers.py "$out/"
 git rev-parse HEAD >"$out/commit"
-strip "$out"/{attention,append,int4,sparse,layer,limits,cascade,page_mass,mla,conformance,conformance_sm90,cuda,gpu}
+strip "$out"/{attention,append,quantized,sparse,layer,limits,cascade,page_mass,mla,conformance,conformance_sm90,cuda,gpu}
 # Every binary has the same PTX in it: a window that reaches from one to the next finds it.
 XZ_OPT=-9 tar --create --xz --file "$out.tar.xz" --directory target gpu-bundle
 bytes=$(wc -c <"$out.tar.xz")

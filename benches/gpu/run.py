@@ -17,11 +17,11 @@ import sys
 import time
 
 HERE = pathlib.Path(__file__).resolve().parent
-TESTS = ["conformance", "conformance_sm90", "cuda", "attention", "append", "int4", "sparse", "layer", "limits", "cascade", "page_mass", "mla"]
+TESTS = ["conformance", "conformance_sm90", "cuda", "attention", "append", "quantized", "sparse", "layer", "limits", "cascade", "page_mass", "mla"]
 # Small, and together every family.
 SANITIZED = [
     ("attention", "empty_rows"),
-    ("int4", "int4_attention"),
+    ("quantized", "attention_reads"),
     ("append", "append"),
     ("layer", "merging"),
     ("layer", "embedding"),

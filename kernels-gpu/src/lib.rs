@@ -6,7 +6,7 @@
 //! | `kernels` | one file per kernel: its config, its shared-memory plan, its body; and the table of entries |
 //! | `attn` | what is computed: online softmax, masks, where a KV row lives, what becomes of a row's state |
 //! | `sched` | how it is scheduled: the ring of shared tiles |
-//! | `tile` | fragments and swizzled shared tiles, int4 unpacking |
+//! | `tile` | fragments and swizzled shared tiles, codes of quantised KV in registers |
 //! | `isa` | one PTX instruction, one function, and its host model |
 //! | `sim` | host only: the lane simulator |
 //! | [`abi`] | `#[repr(C)]` structs shared by host and device |

@@ -10,7 +10,7 @@ use ferroflash_kernels::abi::{PrefillTile, Sequence};
 
 use crate::device::{DeviceId, Storage};
 use crate::error::Result;
-use crate::kv_cache::{Int4Pages, Kv, KvMut};
+use crate::kv::{Kv, KvMut, QuantPages};
 use crate::op::append_kv::AppendPlan;
 use crate::op::sample::SamplingParams;
 use crate::op::select_pages::PageBudget;
@@ -91,9 +91,10 @@ pub(crate) struct SelectCall<'a> {
     pub(crate) summaries: View<'a>,
 }
 
-/// int4 pages back to f32.
+/// Quantised pages back to f32.
 pub(crate) struct DequantCall<'a> {
-    pub(crate) pages: Int4Pages<'a>,
+    /// Of keys and of values.
+    pub(crate) pages: [QuantPages<View<'a>>; 2],
     pub(crate) k: ViewMut<'a>,
     pub(crate) v: ViewMut<'a>,
 }
@@ -192,7 +193,7 @@ pub(crate) trait Backend: Send + Sync {
         attention: &Storage,
         range: Range<usize>,
     ) -> Result<Vec<u32>>;
-    fn dequantize_int4(&self, call: DequantCall<'_>) -> Result<()>;
+    fn dequantize(&self, call: DequantCall<'_>) -> Result<()>;
     fn rms_norm(&self, call: RmsNormCall<'_>) -> Result<()>;
     fn silu_mul(&self, call: SiluMulCall<'_>) -> Result<()>;
     fn embedding(&self, call: EmbeddingCall<'_>) -> Result<()>;

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use super::Door;
 use crate::device::{AppendCall, AppendCounts, Device, Storage};
 use crate::error::{Error, Result};
-use crate::kv_cache::{Kv, KvMut, PageDims};
+use crate::kv::{KvMut, PageDims};
 use crate::plan::{Batch, KvTable, Plan};
 use crate::spec::{AttentionSpec, RopeSpec, RopeStyle};
 use crate::tensor::{DType, View, ViewMut};
@@ -62,7 +62,7 @@ impl AppendPlan {
     }
 
     /// Tokens by sequence: the batch's queries are the last tokens of their sequences, and go where its
-    /// page table says. This is the form for int4 KV, with `batch.tail_slots`.
+    /// page table says. This is the form for int4 keys, with `batch.tail_slots`.
     ///
     /// # Errors
     /// As [`AppendPlan::from_slots`]; [`Error::Value`] where a sequence has more queries than KV, or the
@@ -178,8 +178,8 @@ impl AppendPlan {
     /// - `k`, `v`: `[tokens, num_kv_heads, head_dim]`, before rotation.
     /// - `kv`: the cache.
     ///
-    /// Any float types; values are converted to the cache's, rounding to nearest even. In int4 pages a
-    /// group is quantised when its last token comes.
+    /// Any float types; values are converted to the cache's, rounding to nearest even. A group
+    /// of int4 keys is quantised when its last token comes.
     pub fn run(&self, q: Option<ViewMut<'_>>, k: View<'_>, v: View<'_>, kv: KvMut<'_>) -> Result<()> {
         let door = Door { op: OP, device: &self.device };
         if let Some(q) = &q {
@@ -188,10 +188,7 @@ impl AppendPlan {
         let rows = [self.num_tokens(), self.num_kv_heads, self.head_dim];
         door.floats("k", &k, &rows)?;
         door.floats("v", &v, &rows)?;
-        let view = match &kv {
-            KvMut::Paged { k, v, .. } => Kv::Paged { k: k.as_view(), v: v.as_view() },
-            KvMut::Int4(pages) => Kv::Int4(pages.as_view()),
-        };
+        let view = kv.as_view();
         for (what, view) in view.views() {
             door.device(what, &view)?;
         }
@@ -214,11 +211,12 @@ impl AppendPlan {
                 }
                 Ok(())
             }
-            KvMut::Int4(_) if self.tail_slots.len() != self.num_tokens() => {
-                let expected = "a plan from AppendPlan::from_batch with tail_slots, for int4 KV";
+            KvMut::Quantized { k, .. } if !k.has_tails() => Ok(()),
+            KvMut::Quantized { .. } if self.tail_slots.len() != self.num_tokens() => {
+                let expected = "a plan from AppendPlan::from_batch with tail_slots, for int4 keys";
                 Err(Error::value(OP, "tail_slots", expected, "none"))
             }
-            KvMut::Int4(_) => match self.tail_slots.iter().max() {
+            KvMut::Quantized { .. } => match self.tail_slots.iter().max() {
                 Some(&tail) if tail as usize >= dims.num_tails => Err(Error::Index {
                     op: OP,
                     what: "tail_slots".into(),

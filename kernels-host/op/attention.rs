@@ -1,9 +1,9 @@
-//! Attention over a planned batch: long and short queries, ragged, paged or int4 KV, in one call.
+//! Attention over a planned batch: long and short queries, ragged, paged or quantised KV, in one call.
 
 use super::Door;
 use crate::device::{AttentionCall, Device, Storage};
 use crate::error::{Error, Result};
-use crate::kv_cache::Kv;
+use crate::kv::{Kv, PageDims};
 use crate::plan::{Batch, KvTable, Plan, PlanLimits, Schedule, Splits};
 use crate::spec::AttentionSpec;
 use crate::tensor::{NaturalLog, View, ViewMut};
@@ -66,6 +66,10 @@ impl AttentionPlan {
         splits: Splits,
     ) -> Result<Self> {
         const OP: &str = "attention";
+        if spec.quantized_kv && matches!(splits, Splits::Fixed(_)) {
+            // Their rows, of many tokens and of few, are one kernel's, whose launches differ with the batch.
+            return Err(Error::value(OP, "splits", "Splits::Auto, for quantised KV under limits", "Fixed"));
+        }
         let table =
             KvTable::Block { page_size: limits.page_size, block_table: &[], max_blocks: 0, seq_lens: &[] };
         let plan = Self::limited(OP, device, spec, &Batch::new(&[0], table), (limits, splits))?;
@@ -136,7 +140,7 @@ impl AttentionPlan {
     /// - `q`: `[total_q, num_q_heads, head_dim]`, f32, f16 or bf16, last dimension contiguous; `out`: the same with
     ///   `v_head_dim`.
     /// - `kv`: as planned: ragged `[total_kv, num_kv_heads, head_dim]` (V: `v_head_dim`), pages of the planned size, or
-    ///   int4 pages.
+    ///   quantised ones.
     /// - `lse`: f32 `[total_q, num_q_heads]`.
     ///
     /// A row with nothing to attend to gives O = 0 and LSE = `-inf` (with a learned sink: its logit).
@@ -173,8 +177,17 @@ impl AttentionPlan {
         })
     }
 
-    fn check_kv(&self, door: &Door<'_>, kv: &Kv<'_>, dims: crate::kv_cache::PageDims) -> Result<()> {
+    fn check_kv(&self, door: &Door<'_>, kv: &Kv<'_>, dims: PageDims) -> Result<()> {
         let plan = &self.plan;
+        let quantized = matches!(kv, Kv::Quantized { .. });
+        if quantized != self.spec.quantized_kv {
+            let (expected, got) = if quantized {
+                ("float KV, or a plan whose spec says quantized_kv", "quantised KV")
+            } else {
+                ("quantised KV, as the plan's spec says", "float KV")
+            };
+            return Err(Error::value(self.op, "kv", expected, got));
+        }
         if let Kv::Ragged { .. } = kv {
             if plan.page_size != 0 {
                 return Err(Error::value(self.op, "kv", "paged KV, as planned", "ragged KV"));
@@ -190,11 +203,11 @@ impl AttentionPlan {
         }
         door.page_size(plan.page_size, dims.page_size)?;
         door.pages("the page table", plan.num_pages, dims.num_pages)?;
-        match (kv, plan.num_tails) {
-            (Kv::Int4(_), None) => {
-                Err(Error::value(self.op, "tail_slots", "one per sequence for int4 KV", "none"))
+        match plan.num_tails {
+            None if kv.has_tails() => {
+                Err(Error::value(self.op, "tail_slots", "one per sequence for int4 keys", "none"))
             }
-            (Kv::Int4(_), Some(needed)) if needed > dims.num_tails => Err(Error::Index {
+            Some(needed) if kv.has_tails() && needed > dims.num_tails => Err(Error::Index {
                 op: self.op,
                 what: "tail_slots".into(),
                 index: needed as i64 - 1,

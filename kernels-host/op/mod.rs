@@ -9,7 +9,7 @@
 //! | [`append_kv`] | rotary embedding of Q and K, writing of K and V into pages |
 //! | [`select_pages`] | sparse top-k attention over chosen pages |
 //! | [`AttentionPlan::page_mass`](attention::AttentionPlan::page_mass) | the probability that falls on each page |
-//! | [`int4`] | stand-alone quantising and dequantising of int4 pages |
+//! | [`quantized`] | stand-alone quantising and reading back of pages |
 //! | [`merge`] | merging of partial states over disjoint KV |
 //! | [`layer`] | rms_norm, silu_mul, embedding |
 //! | [`sample`] | next tokens from logits |
@@ -17,18 +17,19 @@
 pub mod append_kv;
 pub mod attention;
 pub mod decode;
-pub mod int4;
+
 pub mod layer;
 pub mod merge;
 mod page_mass;
 pub mod prefill;
+pub mod quantized;
 pub mod sample;
 pub mod select_pages;
 pub mod tree;
 
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::kv_cache::expect_unit_stride;
+use crate::kv::expect_unit_stride;
 use crate::tensor::{DType, View};
 
 /// What an operation checks of its tensors.

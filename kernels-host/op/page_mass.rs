@@ -4,7 +4,7 @@ use super::Door;
 use super::attention::AttentionPlan;
 use crate::device::PageMassCall;
 use crate::error::{Error, Result};
-use crate::kv_cache::Kv;
+use crate::kv::Kv;
 use crate::tensor::{NaturalLog, View, ViewMut};
 
 const OP: &str = "page_mass";
@@ -20,7 +20,7 @@ impl AttentionPlan {
     ///   tables. All masses of a sequence and KV head together grow by its rows (by less with learned sinks).
     ///
     /// # Errors
-    /// [`Error::Value`] for ragged or int4 KV, page lists and plans with limits; [`Error::Shape`], [`Error::DType`] or
+    /// [`Error::Value`] for ragged or quantised KV, page lists and plans with limits; [`Error::Shape`], [`Error::DType`] or
     /// [`Error::Device`] where tensors do not fit.
     pub fn page_mass(
         &self,
@@ -33,7 +33,7 @@ impl AttentionPlan {
         let door = Door { op: OP, device };
         spec.check_not_latent(OP)?;
         let Kv::Paged { k, .. } = &kv else {
-            return Err(Error::value(OP, "kv", "float pages", "ragged or int4 KV"));
+            return Err(Error::value(OP, "kv", "float pages", "ragged or quantised KV"));
         };
         if !plan.logical_pages.is_empty() || plan.reserved.is_some() {
             let expected = "a plan without page lists and limits";
@@ -49,7 +49,7 @@ impl AttentionPlan {
         door.page_size(plan.page_size, dims.page_size)?;
         door.pages("the page table", plan.num_pages, dims.num_pages)?;
         door.f32s("mass", &mass.as_view(), &[spec.num_kv_heads, plan.pages.len()])?;
-        crate::kv_cache::expect_unit_stride(OP, "mass", &mass.as_view())?;
+        crate::kv::expect_unit_stride(OP, "mass", &mass.as_view())?;
         let workspace = self.workspace();
         device.backend().page_mass(PageMassCall { spec, plan, workspace, q, k: *k, lse, mass })
     }

@@ -4,7 +4,7 @@ use super::Door;
 use super::attention::AttentionPlan;
 use crate::device::{Device, SelectCall, SelectPlan, Storage};
 use crate::error::{Error, Result};
-use crate::kv_cache::Kv;
+use crate::kv::Kv;
 use crate::plan::{Batch, KvTable, Plan, Schedule, Splits};
 use crate::spec::AttentionSpec;
 use crate::tensor::{NaturalLog, View, ViewMut};

@@ -38,7 +38,7 @@ pub struct Batch<'a> {
     pub kv: KvTable<'a>,
     /// Ancestor masks, for tree attention only.
     pub tree: Option<TreeMask<'a>>,
-    /// Row of each sequence's tail in an int4 cache; empty for other formats.
+    /// Row of each sequence's tail in a cache of int4 keys; empty for other formats.
     pub tail_slots: &'a [u32],
     /// Which pages each tile of queries attends to; `None`: all of its sequence's.
     pub page_lists: Option<PageLists<'a>>,

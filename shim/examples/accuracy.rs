@@ -1,4 +1,4 @@
-//! What int4 KV and sparse top-k attention cost in accuracy, on SmolLM2 and the book of Esther (King James Version, public
+//! What quantised KV and sparse top-k attention cost in accuracy, on SmolLM2 and the book of Esther (King James Version, public
 //! domain): `cargo run --release -p ferroflash-serve --example accuracy [MODEL] [TOKENS]`. Prints a table, and writes
 //! `benches/accuracy/accuracy.svg` where it is run in the repository.
 
@@ -8,7 +8,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use ferroflash::op::select_pages::PageBudget;
-use ferroflash::{DType, Device, KvFormat};
+use ferroflash::{DType, Device, KvCode, KvFormat};
 use ferroflash_serve::Model;
 use ferroflash_serve::perplexity::{Setting, losses, perplexity};
 
@@ -35,11 +35,15 @@ fn main() -> Result<(), Box<dyn Error>> {
         let format = KvFormat::Float(DType::BF16);
         Setting { format, page_size: PAGE, chunk: 128, sparse: Some((budget, from)) }
     };
-    let int4 = dense(KvFormat::Int4 { num_tails: 1 });
+    let int4 = dense(KvFormat::int4(1));
+    let fp8_int4 = KvFormat::Quantized { k: KvCode::Fp8, v: KvCode::Int4, num_tails: 0 };
     let mut settings = vec![
         ("f32".to_string(), dense(KvFormat::Float(DType::F32))),
         ("bf16".to_string(), dense(KvFormat::Float(DType::BF16))),
         ("f16".to_string(), dense(KvFormat::Float(DType::F16))),
+        ("fp8".to_string(), dense(KvFormat::FP8)),
+        ("int8".to_string(), dense(KvFormat::INT8)),
+        ("fp8 keys, int4 values".to_string(), dense(fp8_int4)),
         // A prompt in chunks sees its own newest groups quantised; token by token they are still in the 16-bit tail.
         ("int4, in chunks".to_string(), int4),
         ("int4, token by token".to_string(), Setting { chunk: 1, ..int4 }),

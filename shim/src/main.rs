@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use clap::{Parser, ValueEnum};
-use ferroflash::{CpuOptions, DType, Device, INT4_GROUP, KvCacheSpec, KvFormat};
+use ferroflash::{CpuOptions, DType, Device, KvCacheSpec, KvFormat};
 use ferroflash_serve::error::Error;
 use ferroflash_serve::model::Model;
 use ferroflash_serve::serve::{Options, Summary, serve};
@@ -34,7 +34,7 @@ struct Args {
     /// Tokens of a step; longer prompts are computed in chunks
     #[arg(long, default_value_t = 512)]
     chunk_size: usize,
-    /// Tokens of a KV page [default: 16; 32 for int4, which takes multiples of it]
+    /// Tokens of a KV page [default: 16; 32 for int4, which takes multiples of it; int8 takes multiples of 8]
     #[arg(long)]
     page_size: Option<usize>,
     /// KV pages [default: as many as the batch can use, within 1 GiB]
@@ -56,6 +56,8 @@ enum KvDtype {
     F32,
     F16,
     Bf16,
+    Fp8,
+    Int8,
     Int4,
 }
 
@@ -162,12 +164,11 @@ fn options(args: &Args, model: &Model) -> Options {
         KvDtype::F32 => KvFormat::Float(DType::F32),
         KvDtype::F16 => KvFormat::Float(DType::F16),
         KvDtype::Bf16 => KvFormat::Float(DType::BF16),
-        KvDtype::Int4 => KvFormat::Int4 { num_tails: args.max_batch },
+        KvDtype::Fp8 => KvFormat::FP8,
+        KvDtype::Int8 => KvFormat::INT8,
+        KvDtype::Int4 => KvFormat::int4(args.max_batch),
     };
-    let page_size = args.page_size.unwrap_or(match args.kv_dtype {
-        KvDtype::Int4 => INT4_GROUP,
-        _ => 16,
-    });
+    let page_size = args.page_size.unwrap_or(16.max(kv_format.page_multiple()));
     let page_bytes = KvCacheSpec {
         num_pages: 1,
         page_size,

@@ -54,7 +54,7 @@ pub fn losses(model: &Model, tokens: &[u32], setting: Setting) -> Result<Vec<f64
             qo_indptr: vec![0, n as u32],
             seq_lens: vec![(at + n) as u32],
             page_tables: vec![pages[..(at + n).div_ceil(setting.page_size)].to_vec()],
-            tail_slots: if matches!(setting.format, KvFormat::Int4 { .. }) { vec![0] } else { Vec::new() },
+            tail_slots: if setting.format.has_tails() { vec![0] } else { Vec::new() },
             logits_rows: (0..n).collect(),
             page_budget,
         };

@@ -266,7 +266,7 @@ impl<'a> Engine<'a> {
             format: kv_format,
             summaries: false,
         };
-        let tails = matches!(kv_format, KvFormat::Int4 { .. });
+        let tails = kv_format.has_tails();
         // Before the scheduler's list of free pages: it is here that a pool beyond the machine is refused.
         let caches = Caches::new(model.device(), model.config.num_layers, cache_spec)?;
         Ok(Engine {

@@ -136,7 +136,7 @@ fn int4_keeps_the_perplexity() {
     let mut tokens = model.text.encode(text).unwrap();
     tokens.truncate(1024);
     let dense = Setting { format: KvFormat::Float(DType::BF16), page_size: 64, chunk: 128, sparse: None };
-    let int4 = Setting { format: KvFormat::Int4 { num_tails: 1 }, chunk: 1, ..dense };
+    let int4 = Setting { format: KvFormat::int4(1), chunk: 1, ..dense };
     let [dense, int4] = [dense, int4].map(|setting| perplexity(&losses(&model, &tokens, setting).unwrap()));
     println!(
         "perplexity of {} tokens: bf16 {dense:.4}, int4 {int4:.4}, {:+.2}%",

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use common::{line_of, options, run, tiny};
-use ferroflash::{DType, KvFormat};
+use ferroflash::{DType, KvCode, KvFormat};
 use ferroflash_serve::serve::Options;
 use serde_json::{Value, json};
 
@@ -50,12 +50,15 @@ fn text_does_not_depend_on_batch_chunk_page_or_preemption() {
 }
 
 #[test]
-fn sixteen_bit_and_int4_caches_serve_everything() {
+fn sixteen_bit_and_quantised_caches_serve_everything() {
     let model = tiny();
     let formats = [
         (KvFormat::Float(DType::F16), 16),
         (KvFormat::Float(DType::BF16), 5),
-        (KvFormat::Int4 { num_tails: 16 }, 32),
+        (KvFormat::int4(16), 32),
+        (KvFormat::FP8, 5),
+        (KvFormat::INT8, 8),
+        (KvFormat::Quantized { k: KvCode::Fp8, v: KvCode::Int4, num_tails: 0 }, 32),
     ];
     for (kv_format, page_size) in formats {
         let (answers, _) =

@@ -87,7 +87,7 @@ pub struct Sequence {
     pub pages_per_head: u32,
     /// KV columns at the end under the tree mask, 0 without one.
     pub n_tree: u32,
-    /// Row of the sequence's 16-bit tail in an int4 cache.
+    /// Row of the sequence's 16-bit tail of int4 keys.
     pub tail_slot: u32,
     /// Position of the first query token among the KV tokens: `kv_len - q_len`, below 0 where there are more queries; of a
     /// prefix that sequences share, `kv_len`: all of it is seen.
@@ -230,6 +230,9 @@ pub const DECODE_ROWS: usize = 16;
 
 /// Stages of 16 tokens in a decode warp's ring, by the kernel's `head_dim`; all but one are on their way.
 pub const DECODE_SLOTS: [(usize, usize); 5] = [(64, 8), (96, 6), (128, 4), (192, 3), (256, 2)];
+
+/// Stages in a decode warp's ring of quantised KV, each of at least 32 tokens, by the kernel's `head_dim`.
+pub const DECODE_QUANTIZED_SLOTS: [(usize, usize); 3] = [(64, 6), (128, 3), (256, 2)];
 
 /// Warps of a decode CTA, which take turns at the blocks of its items.
 pub const DECODE_WARPS: usize = 4;

@@ -2,8 +2,9 @@
 
 mod append;
 mod attention;
-mod int4;
+pub mod codec;
 mod layer;
+mod quantized;
 mod rows;
 mod select;
 mod sm90;
@@ -11,8 +12,8 @@ mod testing;
 
 pub use append::*;
 pub use attention::*;
-pub use int4::*;
 pub use layer::*;
+pub use quantized::*;
 pub use rows::*;
 pub use select::*;
 pub use sm90::*;

@@ -15,6 +15,8 @@ pub(crate) struct Output<'a> {
     pub(crate) channel: u32,
     /// Whether this warp writes maxima, sums and LSE.
     pub(crate) leads: bool,
+    /// How many times two tiles stand for one that is twice as wide: of `2^fold` tiles a lane has neighbouring pairs.
+    pub(crate) fold: u32,
 }
 
 impl Output<'_> {
@@ -32,7 +34,9 @@ impl Output<'_> {
     /// Channel of a lane's pair in tile `j`.
     #[inline(always)]
     fn channel_of(&self, j: usize) -> u32 {
-        isa::opaque(self.channel) + 8 * j as u32 + 2 * (isa::opaque(isa::thread_x()) % 4)
+        let fold = if self.fold == 0 { 0 } else { isa::opaque(self.fold) };
+        let (tile, of) = (j as u32 >> fold, j as u32 & ((1 << fold) - 1));
+        isa::opaque(self.channel) + ((8 * tile + 2 * (isa::opaque(isa::thread_x()) % 4)) << fold) + 2 * of
     }
 
     #[inline(always)]
@@ -64,7 +68,7 @@ impl Output<'_> {
                     unsafe { isa::st_global_2(at + 4 * channel as u64, pair) };
                 }
             }
-            if self.leads && isa::thread_x().is_multiple_of(4) {
+            if self.leads && isa::opaque(isa::thread_x()).is_multiple_of(4) {
                 let pair = [state.m[r].to_bits(), state.l[r].to_bits()];
                 // SAFETY: as above; rows end with room for these two.
                 unsafe { isa::st_global_2(self.m_l_at(at), pair) };
@@ -126,7 +130,7 @@ impl Output<'_> {
             let token = seq.q_start + token as u64;
             let sink = sink_logit(self.p.sink_logits, head);
             let (factor, lse) = softmax::finish(state.m[r], state.l[r], sink);
-            if self.p.lse.base != 0 && self.leads && isa::thread_x().is_multiple_of(4) {
+            if self.p.lse.base != 0 && self.leads && isa::opaque(isa::thread_x()).is_multiple_of(4) {
                 // SAFETY: each item writes rows of its own, checked by the host to be inside `lse`.
                 unsafe { isa::st_global_1(self.p.lse.at(token, head), [lse.to_bits()]) };
             }

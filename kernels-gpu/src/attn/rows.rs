@@ -16,6 +16,8 @@ use crate::tile::{Half, SharedTile};
 #[track_caller]
 pub(crate) unsafe fn read_struct<T: Copy>(at: u64) -> T {
     const { assert!(size_of::<T>().is_multiple_of(8) && size_of::<T>() <= 64) };
+    // Opaque: of a struct in a list the address of the list's first such word is not kept for each of its words.
+    let at = isa::opaque_address(at);
     let mut words = [0u32; 16];
     for i in 0..size_of::<T>() / 8 {
         // SAFETY: the caller's promise.

@@ -58,6 +58,20 @@ pub fn opaque(x: u32) -> u32 {
     x
 }
 
+/// As [`opaque`], of an address.
+#[inline(always)]
+pub fn opaque_address(x: u64) -> u64 {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let mut d = x;
+        // SAFETY: as in `opaque`.
+        unsafe { core::arch::asm!("/* {d} */", d = inout(reg64) d, options(nomem, nostack)) }
+        d
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    x
+}
+
 /// Holds what follows (volatile instructions, such as waits) back until `x`, which is never negative, is computed: the
 /// assembler moves a wait up before arithmetic that was to run meanwhile, but not across a branch that depends on it.
 #[inline(always)]
@@ -188,6 +202,38 @@ pub fn sub_f16x2(a: F16x2, b: F16x2) -> F16x2 {
         let [a, b] = [a, b].map(|x| f16::from_bits((x >> s) as u16).to_f64());
         f16::from_f64(a - b)
     })
+}
+
+/// `mul.rn.f16x2`
+#[inline(always)]
+pub fn mul_f16x2(a: F16x2, b: F16x2) -> F16x2 {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let d: u32;
+        ptx!("mul.rn.f16x2 {d}, {a}, {b};", d = out(reg32) d, a = in(reg32) a, b = in(reg32) b);
+        d
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    halves(|s| {
+        let [a, b] = [a, b].map(|x| f16::from_bits((x >> s) as u16).to_f64());
+        f16::from_f64(a * b)
+    })
+}
+
+/// `prmt.b32`: byte `i` is the one of `a` (0 to 3) or `b` (4 to 7) that nibble `i` of `selector`, below 8, names.
+#[inline(always)]
+pub fn prmt(a: u32, b: u32, selector: u32) -> u32 {
+    #[cfg(target_arch = "nvptx64")]
+    {
+        let d: u32;
+        ptx!("prmt.b32 {d}, {a}, {b}, {s};", d = out(reg32) d, a = in(reg32) a, b = in(reg32) b, s = in(reg32) selector);
+        d
+    }
+    #[cfg(not(target_arch = "nvptx64"))]
+    {
+        let bytes = (a as u64 | (b as u64) << 32).to_le_bytes();
+        u32::from_le_bytes(core::array::from_fn(|i| bytes[(selector >> (4 * i) & 7) as usize]))
+    }
 }
 
 #[cfg(not(target_arch = "nvptx64"))]

@@ -15,8 +15,8 @@ mod wgmma;
 pub use cluster::*;
 pub use cp_async::{cp_async_4, cp_async_16, cp_async_commit, cp_async_wait};
 pub use math::{
-    F16x2, bf16x2_to_f32, div_rem, div_rem_u64, ex2, f16x2_to_f32, fma, fma_f16x2, lg2, max_nan, opaque,
-    pack_bf16x2, pack_f16x2, rcp, rsqrt, settle, sub_f16x2,
+    F16x2, bf16x2_to_f32, div_rem, div_rem_u64, ex2, f16x2_to_f32, fma, fma_f16x2, lg2, max_nan, mul_f16x2,
+    opaque, opaque_address, pack_bf16x2, pack_f16x2, prmt, rcp, rsqrt, settle, sub_f16x2,
 };
 pub use mbarrier::*;
 pub use memory::*;

@@ -63,7 +63,7 @@ pub(super) unsafe fn body<T: Half, const SLOTS: u32>(params: &DecodeParams) {
     let mut ring = unsafe { Ring::<SLOTS>::start(p, first, last, base + Plan::<SLOTS>::RING) };
     let rows = place.rows(0);
     let logits = Logits::new(&p.score, p.alibi_slopes != 0);
-    let output = Output { p, channel: 8 * TILES as u32 * warp, leads: warp == 0 };
+    let output = Output { p, channel: 8 * TILES as u32 * warp, leads: warp == 0, fold: 0 };
     let scores = SharedScores::new(base + Plan::<SLOTS>::S);
 
     let mut index = first;
@@ -75,7 +75,7 @@ pub(super) unsafe fn body<T: Half, const SLOTS: u32>(params: &DecodeParams) {
             unsafe { place.write(index, &item, &seq) };
         }
         isa::bar_sync();
-        let mut units = Units::<1>::new(p, &item, 0, 0);
+        let mut units = Units::<1>::new(p.section, &item, 0, 0);
         let mut unit = units.next();
         loop {
             // A part: all blocks, or one section.

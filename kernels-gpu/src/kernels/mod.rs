@@ -4,20 +4,20 @@ mod append_kv;
 mod conformance;
 mod conformance_sm90;
 mod decode;
-mod decode_int4;
 mod decode_mla;
-mod int4;
 mod layer;
 mod merge_partials;
 mod merge_states;
 mod page_mass;
 mod prefill;
 mod prefill_sm90;
+mod quantized;
 mod sample;
 mod select_pages;
 
+use self::decode::{CodeKv, HalfKv};
 use crate::abi::*;
-use crate::sched::{Int4Ring, Ring};
+use crate::sched::{QuantizedRing, Ring};
 use crate::tile::{BF16, F16};
 
 /// A named, printable choice of sizes.
@@ -156,48 +156,45 @@ entries! {
     "sm_80" "prefill_d192" prefill_bf16_d192(AttentionParams) = prefill::body::<BF16, BF16, Ring<'_, 24, 256, 2>, 24, 24, 1, 8>, prefill::Config<Ring<'static, 24, 256, 2>, 24, 1, 8>;
     "sm_80" "prefill_d256" prefill_f16_d256(AttentionParams) = prefill::body::<F16, F16, Ring<'_, 32, 128, 2>, 32, 32, 1, 4>, prefill::Config<Ring<'static, 32, 128, 2>, 32, 1, 4>;
     "sm_80" "prefill_d256" prefill_bf16_d256(AttentionParams) = prefill::body::<BF16, BF16, Ring<'_, 32, 128, 2>, 32, 32, 1, 4>, prefill::Config<Ring<'static, 32, 128, 2>, 32, 1, 4>;
-    "sm_80" "decode_d64" decode_f16_d64(DecodeParams) = decode::body::<F16, 8, 8, 8>, decode::Config<8, 8, 8>;
-    "sm_80" "decode_d64" decode_bf16_d64(DecodeParams) = decode::body::<BF16, 8, 8, 8>, decode::Config<8, 8, 8>;
-    "sm_80" "decode_d96" decode_f16_d96(DecodeParams) = decode::body::<F16, 12, 12, 6>, decode::Config<12, 12, 6>;
-    "sm_80" "decode_d96" decode_bf16_d96(DecodeParams) = decode::body::<BF16, 12, 12, 6>, decode::Config<12, 12, 6>;
-    "sm_80" "decode_d128" decode_f16_d128(DecodeParams) = decode::body::<F16, 16, 16, 4>, decode::Config<16, 16, 4>;
-    "sm_80" "decode_d128" decode_bf16_d128(DecodeParams) = decode::body::<BF16, 16, 16, 4>, decode::Config<16, 16, 4>;
-    "sm_80" "decode_d192" decode_f16_d192(DecodeParams) = decode::body::<F16, 24, 24, 3>, decode::Config<24, 24, 3>;
-    "sm_80" "decode_d192" decode_bf16_d192(DecodeParams) = decode::body::<BF16, 24, 24, 3>, decode::Config<24, 24, 3>;
-    "sm_80" "decode_d256" decode_f16_d256(DecodeParams) = decode::body::<F16, 32, 32, 2>, decode::Config<32, 32, 2>;
-    "sm_80" "decode_d256" decode_bf16_d256(DecodeParams) = decode::body::<BF16, 32, 32, 2>, decode::Config<32, 32, 2>;
+    "sm_80" "decode_d64" decode_f16_d64(DecodeParams) = decode::body::<F16, HalfKv<'_, F16, 8, 8>, 8, 8>, decode::Config<HalfKv<'static, F16, 8, 8>, 8, 8>;
+    "sm_80" "decode_d64" decode_bf16_d64(DecodeParams) = decode::body::<BF16, HalfKv<'_, BF16, 8, 8>, 8, 8>, decode::Config<HalfKv<'static, BF16, 8, 8>, 8, 8>;
+    "sm_80" "decode_d96" decode_f16_d96(DecodeParams) = decode::body::<F16, HalfKv<'_, F16, 12, 6>, 12, 12>, decode::Config<HalfKv<'static, F16, 12, 6>, 12, 12>;
+    "sm_80" "decode_d96" decode_bf16_d96(DecodeParams) = decode::body::<BF16, HalfKv<'_, BF16, 12, 6>, 12, 12>, decode::Config<HalfKv<'static, BF16, 12, 6>, 12, 12>;
+    "sm_80" "decode_d128" decode_f16_d128(DecodeParams) = decode::body::<F16, HalfKv<'_, F16, 16, 4>, 16, 16>, decode::Config<HalfKv<'static, F16, 16, 4>, 16, 16>;
+    "sm_80" "decode_d128" decode_bf16_d128(DecodeParams) = decode::body::<BF16, HalfKv<'_, BF16, 16, 4>, 16, 16>, decode::Config<HalfKv<'static, BF16, 16, 4>, 16, 16>;
+    "sm_80" "decode_d192" decode_f16_d192(DecodeParams) = decode::body::<F16, HalfKv<'_, F16, 24, 3>, 24, 24>, decode::Config<HalfKv<'static, F16, 24, 3>, 24, 24>;
+    "sm_80" "decode_d192" decode_bf16_d192(DecodeParams) = decode::body::<BF16, HalfKv<'_, BF16, 24, 3>, 24, 24>, decode::Config<HalfKv<'static, BF16, 24, 3>, 24, 24>;
+    "sm_80" "decode_d256" decode_f16_d256(DecodeParams) = decode::body::<F16, HalfKv<'_, F16, 32, 2>, 32, 32>, decode::Config<HalfKv<'static, F16, 32, 2>, 32, 32>;
+    "sm_80" "decode_d256" decode_bf16_d256(DecodeParams) = decode::body::<BF16, HalfKv<'_, BF16, 32, 2>, 32, 32>, decode::Config<HalfKv<'static, BF16, 32, 2>, 32, 32>;
     "sm_80" "decode_mla" decode_mla_f16(DecodeParams) = decode_mla::body::<F16, 4>, decode_mla::Config<4>;
     "sm_80" "decode_mla" decode_mla_bf16(DecodeParams) = decode_mla::body::<BF16, 4>, decode_mla::Config<4>;
     "sm_80" "decode_mla" decode_mla_f16_large(DecodeParams) = decode_mla::body::<F16, 7>, decode_mla::Config<7>;
     "sm_80" "decode_mla" decode_mla_bf16_large(DecodeParams) = decode_mla::body::<BF16, 7>, decode_mla::Config<7>;
-    "sm_80" "prefill_int4_d64" prefill_int4_f16_d64(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 8, 128, 3>, 8, 8, 2, 4>, prefill::Config<Int4Ring<'static, 8, 128, 3>, 8, 2, 4>;
-    "sm_80" "prefill_int4_d64" prefill_int4_bf16_d64(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 8, 128, 3>, 8, 8, 2, 4>, prefill::Config<Int4Ring<'static, 8, 128, 3>, 8, 2, 4>;
-    "sm_80" "prefill_int4_d96" prefill_int4_f16_d96(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 12, 128, 3>, 12, 12, 2, 4>, prefill::Config<Int4Ring<'static, 12, 128, 3>, 12, 2, 4>;
-    "sm_80" "prefill_int4_d96" prefill_int4_bf16_d96(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 12, 128, 3>, 12, 12, 2, 4>, prefill::Config<Int4Ring<'static, 12, 128, 3>, 12, 2, 4>;
-    "sm_80" "prefill_int4_d128" prefill_int4_f16_d128(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 16, 256, 3>, 16, 16, 1, 8>, prefill::Config<Int4Ring<'static, 16, 256, 3>, 16, 1, 8>;
-    "sm_80" "prefill_int4_d128" prefill_int4_bf16_d128(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 16, 256, 3>, 16, 16, 1, 8>, prefill::Config<Int4Ring<'static, 16, 256, 3>, 16, 1, 8>;
-    "sm_80" "prefill_int4_d192" prefill_int4_f16_d192(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 24, 256, 3>, 24, 24, 1, 8>, prefill::Config<Int4Ring<'static, 24, 256, 3>, 24, 1, 8>;
-    "sm_80" "prefill_int4_d192" prefill_int4_bf16_d192(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 24, 256, 3>, 24, 24, 1, 8>, prefill::Config<Int4Ring<'static, 24, 256, 3>, 24, 1, 8>;
-    "sm_80" "prefill_int4_d256" prefill_int4_f16_d256(AttentionInt4Params) = prefill::body::<F16, F16, Int4Ring<'_, 32, 128, 3>, 32, 32, 1, 4>, prefill::Config<Int4Ring<'static, 32, 128, 3>, 32, 1, 4>;
-    "sm_80" "prefill_int4_d256" prefill_int4_bf16_d256(AttentionInt4Params) = prefill::body::<BF16, F16, Int4Ring<'_, 32, 128, 3>, 32, 32, 1, 4>, prefill::Config<Int4Ring<'static, 32, 128, 3>, 32, 1, 4>;
-    "sm_80" "decode_int4_d64" decode_int4_f16_d64(DecodeInt4Params) = decode_int4::body::<F16, 8, 2>, decode_int4::Config<8>;
-    "sm_80" "decode_int4_d64" decode_int4_bf16_d64(DecodeInt4Params) = decode_int4::body::<BF16, 8, 2>, decode_int4::Config<8>;
-    "sm_80" "decode_int4_d96" decode_int4_f16_d96(DecodeInt4Params) = decode_int4::body::<F16, 12, 3>, decode_int4::Config<12>;
-    "sm_80" "decode_int4_d96" decode_int4_bf16_d96(DecodeInt4Params) = decode_int4::body::<BF16, 12, 3>, decode_int4::Config<12>;
-    "sm_80" "decode_int4_d128" decode_int4_f16_d128(DecodeInt4Params) = decode_int4::body::<F16, 16, 4>, decode_int4::Config<16>;
-    "sm_80" "decode_int4_d128" decode_int4_bf16_d128(DecodeInt4Params) = decode_int4::body::<BF16, 16, 4>, decode_int4::Config<16>;
-    "sm_80" "decode_int4_d192" decode_int4_f16_d192(DecodeInt4Params) = decode_int4::body::<F16, 24, 6>, decode_int4::Config<24>;
-    "sm_80" "decode_int4_d192" decode_int4_bf16_d192(DecodeInt4Params) = decode_int4::body::<BF16, 24, 6>, decode_int4::Config<24>;
-    "sm_80" "decode_int4_d256" decode_int4_f16_d256(DecodeInt4Params) = decode_int4::body::<F16, 32, 8>, decode_int4::Config<32>;
-    "sm_80" "decode_int4_d256" decode_int4_bf16_d256(DecodeInt4Params) = decode_int4::body::<BF16, 32, 8>, decode_int4::Config<32>;
+    "sm_80" "prefill_quantized_d64" prefill_quantized_f16_d64(AttentionQuantParams) = prefill::body::<F16, F16, QuantizedRing<'_, 8, 128, 3>, 8, 8, 2, 4>, prefill::Config<QuantizedRing<'static, 8, 128, 3>, 8, 2, 4>;
+    "sm_80" "prefill_quantized_d64" prefill_quantized_bf16_d64(AttentionQuantParams) = prefill::body::<BF16, F16, QuantizedRing<'_, 8, 128, 3>, 8, 8, 2, 4>, prefill::Config<QuantizedRing<'static, 8, 128, 3>, 8, 2, 4>;
+    "sm_80" "prefill_quantized_d96" prefill_quantized_f16_d96(AttentionQuantParams) = prefill::body::<F16, F16, QuantizedRing<'_, 12, 128, 3>, 12, 12, 2, 4>, prefill::Config<QuantizedRing<'static, 12, 128, 3>, 12, 2, 4>;
+    "sm_80" "prefill_quantized_d96" prefill_quantized_bf16_d96(AttentionQuantParams) = prefill::body::<BF16, F16, QuantizedRing<'_, 12, 128, 3>, 12, 12, 2, 4>, prefill::Config<QuantizedRing<'static, 12, 128, 3>, 12, 2, 4>;
+    "sm_80" "prefill_quantized_d128" prefill_quantized_f16_d128(AttentionQuantParams) = prefill::body::<F16, F16, QuantizedRing<'_, 16, 256, 3>, 16, 16, 1, 8>, prefill::Config<QuantizedRing<'static, 16, 256, 3>, 16, 1, 8>;
+    "sm_80" "prefill_quantized_d128" prefill_quantized_bf16_d128(AttentionQuantParams) = prefill::body::<BF16, F16, QuantizedRing<'_, 16, 256, 3>, 16, 16, 1, 8>, prefill::Config<QuantizedRing<'static, 16, 256, 3>, 16, 1, 8>;
+    "sm_80" "prefill_quantized_d192" prefill_quantized_f16_d192(AttentionQuantParams) = prefill::body::<F16, F16, QuantizedRing<'_, 24, 256, 2>, 24, 24, 1, 8>, prefill::Config<QuantizedRing<'static, 24, 256, 2>, 24, 1, 8>;
+    "sm_80" "prefill_quantized_d192" prefill_quantized_bf16_d192(AttentionQuantParams) = prefill::body::<BF16, F16, QuantizedRing<'_, 24, 256, 2>, 24, 24, 1, 8>, prefill::Config<QuantizedRing<'static, 24, 256, 2>, 24, 1, 8>;
+    "sm_80" "prefill_quantized_d256" prefill_quantized_f16_d256(AttentionQuantParams) = prefill::body::<F16, F16, QuantizedRing<'_, 32, 128, 2>, 32, 32, 1, 4>, prefill::Config<QuantizedRing<'static, 32, 128, 2>, 32, 1, 4>;
+    "sm_80" "prefill_quantized_d256" prefill_quantized_bf16_d256(AttentionQuantParams) = prefill::body::<BF16, F16, QuantizedRing<'_, 32, 128, 2>, 32, 32, 1, 4>, prefill::Config<QuantizedRing<'static, 32, 128, 2>, 32, 1, 4>;
+    "sm_80" "decode_quantized_d64" decode_quantized_f16_d64(DecodeQuantParams) = decode::body::<F16, CodeKv<'_, 8, 4, 2, 6>, 8, 9>, decode::Config<CodeKv<'static, 8, 4, 2, 6>, 8, 9>;
+    "sm_80" "decode_quantized_d64" decode_quantized_bf16_d64(DecodeQuantParams) = decode::body::<BF16, CodeKv<'_, 8, 4, 2, 6>, 8, 9>, decode::Config<CodeKv<'static, 8, 4, 2, 6>, 8, 9>;
+    "sm_80" "decode_quantized_d128" decode_quantized_f16_d128(DecodeQuantParams) = decode::body::<F16, CodeKv<'_, 16, 8, 4, 3>, 16, 17>, decode::Config<CodeKv<'static, 16, 8, 4, 3>, 16, 17>;
+    "sm_80" "decode_quantized_d128" decode_quantized_bf16_d128(DecodeQuantParams) = decode::body::<BF16, CodeKv<'_, 16, 8, 4, 3>, 16, 17>, decode::Config<CodeKv<'static, 16, 8, 4, 3>, 16, 17>;
+    "sm_80" "decode_quantized_d256" decode_quantized_f16_d256(DecodeQuantParams) = decode::body::<F16, CodeKv<'_, 32, 16, 8, 2>, 32, 33>, decode::Config<CodeKv<'static, 32, 16, 8, 2>, 32, 33>;
+    "sm_80" "decode_quantized_d256" decode_quantized_bf16_d256(DecodeQuantParams) = decode::body::<BF16, CodeKv<'_, 32, 16, 8, 2>, 32, 33>, decode::Config<CodeKv<'static, 32, 16, 8, 2>, 32, 33>;
     "sm_80" "merge" merge_partials_f16(MergePartialsParams) = merge_partials::body::<F16>, WarpPerRow;
     "sm_80" "merge" merge_partials_bf16(MergePartialsParams) = merge_partials::body::<BF16>, WarpPerRow;
     "sm_80" "merge" merge_states(MergeStatesParams) = merge_states::body, WarpPerRow;
     "sm_80" "append_kv" append_kv(AppendParams) = append_kv::append, WarpPerRow;
     "sm_80" "append_kv" page_summaries(SummaryParams) = append_kv::summaries, WarpPerRow;
-    "sm_80" "int4" append_tail_int4(Int4AppendParams) = int4::append_tail, WarpPerRow;
-    "sm_80" "int4" quantize_int4(Int4AppendParams) = int4::quantize, int4::QuantizeConfig;
-    "sm_80" "int4" dequantize_int4(Int4DequantParams) = int4::dequantize, WarpPerRow;
+    "sm_80" "quantized" append_quantized(AppendQuantParams) = quantized::append, quantized::AppendConfig;
+    "sm_80" "quantized" append_tail_int4(AppendQuantParams) = quantized::append_tail, WarpPerRow;
+    "sm_80" "quantized" quantize_keys_int4(AppendQuantParams) = quantized::quantize_keys, quantized::QuantizeConfig;
+    "sm_80" "quantized" dequantize(DequantParams) = quantized::dequantize, WarpPerRow;
     "sm_80" "select_pages" score_pages(SelectParams) = select_pages::score, WarpPerRow;
     "sm_80" "select_pages" top_k_pages(SelectParams) = select_pages::top_k, select_pages::TopKConfig;
     "sm_80" "select_pages" page_mass_f16(PageMassParams) = page_mass::body::<F16>, WarpPerRow;
@@ -302,6 +299,19 @@ mod tests {
                 let stages = DECODE_WARPS * slots * 16 * 2 * head_dim;
                 let rest = entry.shared_bytes as usize - stages - 64 * head_dim;
                 assert!((1024 * DECODE_WARPS..1536 * DECODE_WARPS).contains(&rest), "{name}: {rest}");
+            }
+        }
+    }
+
+    #[test]
+    fn decode_entries_of_codes_have_the_slots() {
+        for (head_dim, slots) in DECODE_QUANTIZED_SLOTS {
+            for dtype in ["f16", "bf16"] {
+                let name = std::format!("decode_quantized_{dtype}_d{head_dim}");
+                let entry = ENTRIES.iter().find(|e| e.name == name).unwrap();
+                // 40 bytes for each channel: 64 tokens of int4 K with two groups of minima and scales.
+                let rest = entry.shared_bytes as usize - DECODE_WARPS * slots * 40 * head_dim - 64 * head_dim;
+                assert!((256 * DECODE_WARPS..1536 * DECODE_WARPS).contains(&rest), "{name}: {rest}");
             }
         }
     }

@@ -76,7 +76,7 @@ pub(super) unsafe fn body<
     let kv_end = item.kv_end;
     let rows = |m: usize| place.rows(first_row + 16 * m as u32);
     let logits = Logits::new(&p.score, p.alibi_slopes != 0);
-    let output = Output { p, channel: 0, leads: true };
+    let output = Output { p, channel: 0, leads: true, fold: 0 };
 
     if item.kv_start == item.kv_end {
         // Nothing is taken, with whose barrier the place would be there.

@@ -1,20 +1,16 @@
 //! K and V of one worker's blocks on their way through shared memory, without a break from item to item.
 
-use crate::abi::{AttentionParams, DECODE_WARPS, KV_BLOCK};
+use crate::abi::{AttentionParams, KV_BLOCK};
 use crate::attn::kv::PageList;
-use crate::attn::rows::load_item;
 use crate::isa;
+use crate::sched::progress::{LANES, Progress, join, split};
 use crate::sched::ring::wait_for_next;
-use crate::sched::units::Units;
 use crate::tile::SharedTile;
 
 /// Tokens of a stage.
 pub(crate) const STAGE: u32 = 16;
 
 const BLOCK: u32 = KV_BLOCK as u32;
-
-/// Lanes of a CTA.
-const LANES: u32 = 32 * DECODE_WARPS as u32;
 
 /// Most tokens of a block for each lane: `lane` and, of a warp's, `lane + 32`.
 const PER_LANE: usize = KV_BLOCK / 32;
@@ -54,92 +50,6 @@ pub(crate) fn stages(left: u32) -> u32 {
     }
 }
 
-/// Which block is the next one, and which comes after it.
-struct Progress<const WORKERS: u32> {
-    /// Next item, and one past the last.
-    index: u32,
-    last: u32,
-    /// Units of the items before the next, and the worker's in the one under way.
-    turn: u32,
-    units: Units<WORKERS>,
-    at: u32,
-    unit_end: u32,
-    /// The item's.
-    kv_end: u32,
-    /// Addresses of the head's token 0 of page 0, and of the page list.
-    k: u64,
-    v: u64,
-    pages: u64,
-}
-
-impl<const WORKERS: u32> Progress<WORKERS> {
-    /// Shared bytes.
-    const BYTES: u32 = 80;
-
-    #[inline(always)]
-    #[track_caller]
-    fn load(at: u32) -> Self {
-        // SAFETY: written by `store` before a barrier of the worker's.
-        unsafe {
-            let [index, last, turn, next] = isa::ld_shared_4(at);
-            let [size, first, start, end] = isa::ld_shared_4(at + 16);
-            let [token, unit_end, kv_end, _] = isa::ld_shared_4(at + 32);
-            let [k, v, pages] = [48, 56, 64].map(|offset| join(isa::ld_shared_2(at + offset)));
-            let units = Units { size, first, start, end, next };
-            Progress { index, last, turn, units, at: token, unit_end, kv_end, k, v, pages }
-        }
-    }
-
-    /// By one lane, while no other loads it.
-    #[inline(always)]
-    #[track_caller]
-    fn store(&self, at: u32) {
-        let Units { size, first, start, end, next } = self.units;
-        // SAFETY: the ring's room for it.
-        unsafe {
-            isa::st_shared_4(at, [self.index, self.last, self.turn, next]);
-            isa::st_shared_4(at + 16, [size, first, start, end]);
-            isa::st_shared_4(at + 32, [self.at, self.unit_end, self.kv_end, 0]);
-            for (offset, x) in [(48, self.k), (56, self.v), (64, self.pages)] {
-                isa::st_shared_2(at + offset, split(x));
-            }
-        }
-    }
-
-    /// First token of the block after the next one, which becomes the next; `None` after the last.
-    #[inline(always)]
-    #[track_caller]
-    fn step(&mut self, p: &AttentionParams) -> Option<u32> {
-        while isa::agreed(self.at >= self.unit_end) {
-            let unit = self.units.next();
-            if isa::agreed(unit.at < unit.end) {
-                (self.at, self.unit_end) = (unit.at, unit.end);
-            } else if isa::agreed(self.index == self.last) {
-                return None;
-            } else {
-                let (item, seq) = load_item(p, self.index);
-                self.index += 1;
-                self.units = Units::new(p, &item, self.turn, isa::thread_x() / (LANES / WORKERS));
-                self.turn += self.units.count();
-                self.kv_end = item.kv_end;
-                (self.k, self.v) = (p.k.head_base(&seq, &item), p.v.head_base(&seq, &item));
-                self.pages = p.pages + 4 * item.pages;
-            }
-        }
-        let at = self.at;
-        self.at += BLOCK;
-        Some(at)
-    }
-}
-
-fn join([low, high]: [u32; 2]) -> u64 {
-    low as u64 | (high as u64) << 32
-}
-
-fn split(x: u64) -> [u32; 2] {
-    [x as u32, (x >> 32) as u32]
-}
-
 impl<'a, const WORKERS: u32, const CHUNKS: u32, const SLOTS: u32> BlockRing<'a, WORKERS, CHUNKS, SLOTS> {
     /// Lanes of the worker.
     const LANES: u32 = LANES / WORKERS;
@@ -158,18 +68,7 @@ impl<'a, const WORKERS: u32, const CHUNKS: u32, const SLOTS: u32> BlockRing<'a, 
     #[inline(always)]
     #[track_caller]
     pub(crate) unsafe fn start(p: &'a AttentionParams, first: u32, last: u32, base: u32) -> Self {
-        let progress = Progress::<WORKERS> {
-            index: first,
-            last,
-            turn: 0,
-            units: Units::NONE,
-            at: 0,
-            unit_end: 0,
-            kv_end: 0,
-            k: 0,
-            v: 0,
-            pages: 0,
-        };
+        let progress = Progress::<WORKERS>::before(first, last);
         if isa::thread_x().is_multiple_of(Self::LANES) {
             progress.store(base + Self::PROGRESS);
         }
@@ -213,8 +112,8 @@ impl<'a, const WORKERS: u32, const CHUNKS: u32, const SLOTS: u32> BlockRing<'a, 
             if Self::LATENT && row >= BLOCK {
                 continue;
             }
-            let [k0, k1] = split(progress.k + page as u64 * p.k.page + offset as u64 * p.k.token);
-            let [v0, v1] = split(progress.v + page as u64 * p.v.page + offset as u64 * p.v.token);
+            let [k0, k1] = split(progress.of_item[0] + page as u64 * p.k.page + offset as u64 * p.k.token);
+            let [v0, v1] = split(progress.of_item[1] + page as u64 * p.v.page + offset as u64 * p.v.token);
             // SAFETY: the ring's room for it, each token's by one lane.
             unsafe { isa::st_shared_4(rows + 16 * row, [k0, k1, v0, v1]) };
         }
@@ -222,7 +121,9 @@ impl<'a, const WORKERS: u32, const CHUNKS: u32, const SLOTS: u32> BlockRing<'a, 
         (self.tokens, self.left) =
             (self.next, if self.next == NONE { 0 } else { of_stage * stages(self.next) });
         self.next = NONE;
-        if let Some(at) = progress.step(p) {
+        if let Some(at) =
+            progress.step(p, p.section, |seq, item| [p.k.head_base(seq, item), p.v.head_base(seq, item)])
+        {
             let left = progress.kv_end.saturating_sub(at);
             self.next = if left < BLOCK { left } else { BLOCK };
             let pages = PageList::from_entry(progress.pages, p.page_size, 0);

@@ -1,7 +1,9 @@
 //! How work is scheduled.
 
 mod block_ring;
-mod int4_ring;
+mod code_ring;
+mod progress;
+mod quantized_ring;
 pub(crate) mod radix;
 mod ring;
 mod stages;
@@ -9,7 +11,8 @@ mod units;
 mod walk;
 
 pub(crate) use block_ring::{BlockRing, STAGE, stages};
-pub(crate) use int4_ring::Int4Ring;
+pub(crate) use code_ring::{CodeRing, coded};
+pub(crate) use quantized_ring::QuantizedRing;
 pub(crate) use ring::{Ring, Source, section_end};
 pub(crate) use stages::{Cursor, Full, Stages};
 pub(crate) use units::{Units, range};

@@ -1,6 +1,6 @@
 //! Who takes what: a CTA its range of items; workers, the warps of a CTA or the CTA as one, an item's KV.
 
-use crate::abi::{AttentionParams, KV_BLOCK, RangeParams, WorkItem};
+use crate::abi::{KV_BLOCK, RangeParams, WorkItem};
 use crate::isa;
 
 /// An item's KV in units, blocks or the sections of a fixed split, which `WORKERS` take in turn; this one's that are left. An
@@ -29,11 +29,11 @@ impl Unit {
 }
 
 impl<const WORKERS: u32> Units<WORKERS> {
-    /// `turn`: units of the items before, so that turns go on from item to item.
+    /// `section`: tokens of a fixed split's, or 0. `turn`: units of the items before, so that turns go on from item to item.
     #[inline(always)]
     #[track_caller]
-    pub(crate) fn new(p: &AttentionParams, item: &WorkItem, turn: u32, worker: u32) -> Self {
-        let size = if p.section == 0 { KV_BLOCK as u32 } else { p.section };
+    pub(crate) fn new(section: u32, item: &WorkItem, turn: u32, worker: u32) -> Self {
+        let size = if section == 0 { KV_BLOCK as u32 } else { section };
         let (start, end) = (item.kv_start, item.kv_end);
         let end = if end > start { end } else { start + 1 };
         let first = isa::div_rem(start, size).0 * size;

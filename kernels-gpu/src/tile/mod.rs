@@ -1,9 +1,9 @@
 //! Data in the shapes that tensor cores want.
 
+pub(crate) mod codes;
 pub(crate) mod elements;
 pub mod fragment;
 mod half_type;
-pub(crate) mod int4;
 mod panels;
 mod shared_tile;
 

@@ -8,7 +8,7 @@ use crate::isa;
 /// Chunk `c` of row `r` stands at place `c ^ s(r)` of its row. Eight rows of one chunk, which is what
 /// `ldmatrix` reads at once, then cover all 32 banks: for rows of a multiple of 128 bytes `s(r) = r % 8`; for
 /// an odd multiple of 64 bytes neighbouring rows already alternate halves of the banks, and
-/// `s(r) = r / 2 % 4`.
+/// `s(r) = r / 2 % 4`; four rows of 32 bytes cover them but for a chunk's neighbour, and `s(r) = r / 4 % 2`.
 #[derive(Clone, Copy)]
 pub struct SharedTile<const CHUNKS: u32> {
     base: u32,
@@ -18,7 +18,7 @@ impl<const CHUNKS: u32> SharedTile<CHUNKS> {
     /// The tile at a shared address that is a multiple of 128.
     #[inline(always)]
     pub fn new(base: u32) -> Self {
-        const { assert!(CHUNKS.is_multiple_of(4)) };
+        const { assert!(CHUNKS.is_multiple_of(4) || CHUNKS == 2) };
         SharedTile { base }
     }
 
@@ -30,7 +30,11 @@ impl<const CHUNKS: u32> SharedTile<CHUNKS> {
     /// Address of a chunk.
     #[inline(always)]
     pub fn at(self, row: u32, chunk: u32) -> u32 {
-        let s = if CHUNKS.is_multiple_of(8) { row & 7 } else { row >> 1 & 3 };
+        let s = match CHUNKS {
+            2 => row >> 2 & 1,
+            _ if CHUNKS.is_multiple_of(8) => row & 7,
+            _ => row >> 1 & 3,
+        };
         self.base + row * (CHUNKS * 16) + ((chunk ^ s) << 4)
     }
 
@@ -110,6 +114,8 @@ mod tests {
 
     #[test]
     fn swizzle_is_a_bijection_without_bank_conflicts() {
+        check::<2>();
+        check::<4>();
         check::<8>();
         check::<12>();
         check::<16>();

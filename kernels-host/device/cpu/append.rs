@@ -1,15 +1,13 @@
-//! Append on the CPU: rotate, convert, write into pages; summaries and int4 groups kept up.
+//! Append on the CPU: rotate, convert, write into pages; summaries and groups of int4 keys kept up.
 #![allow(unsafe_op_in_unsafe_fn)]
-
-use ferroflash_kernels::abi::INT4_GROUP;
 
 use super::Cpu;
 use super::convert::{load_row_as, store_row_as};
-use super::int4::Int4Rows;
 use super::kv_rows::Rows;
+use super::quantized::QuantRows;
 use super::simd::{Simd, Task};
 use crate::device::AppendCall;
-use crate::kv_cache::KvMut;
+use crate::kv::KvMut;
 use crate::op::append_kv::AppendPlan;
 use crate::spec::RopeStyle;
 use crate::tensor::DType;
@@ -28,7 +26,10 @@ pub(super) fn append_kv(cpu: &Cpu, call: AppendCall<'_>) {
                 v: Rows::paged(&v.as_view()),
                 summaries: summaries.as_ref().map(|s| (s.dtype(), Rows::paged(&s.as_view()))),
             },
-            KvMut::Int4(pages) => To::Int4(Int4Rows::new(&pages.as_view(), plan.head_dim)),
+            KvMut::Quantized { k, v } => To::Quantized {
+                k: QuantRows::new(&k.as_ref().map(|k| k.as_view())),
+                v: QuantRows::new(&v.as_ref().map(|v| v.as_view())),
+            },
         },
     };
     let tokens = plan.num_tokens();
@@ -69,7 +70,7 @@ impl Ragged {
 
 enum To {
     Paged { dtype: DType, k: Rows, v: Rows, summaries: Option<(DType, Rows)> },
-    Int4(Int4Rows),
+    Quantized { k: QuantRows, v: QuantRows },
 }
 
 struct Append<'a> {
@@ -149,18 +150,11 @@ impl Task for WriteHead<'_> {
                         }
                     }
                 }
-                To::Int4(rows) => {
-                    let (tail, position) = (plan.tail_slots[token] as usize, plan.positions[token] as usize);
-                    let (k_tail, v_tail) = rows.tails();
-                    let in_group = position % INT4_GROUP;
-                    let clamp = |x: f32| x.clamp(-65504.0, 65504.0); // the tail is f16
-                    let (k, v) = (k.map(clamp), v.map(clamp));
-                    let (k_to, v_to) = (k_tail.at(tail, head, in_group), v_tail.at(tail, head, in_group));
-                    store_row_as::<S>(DType::F16, k.as_ptr(), k_to.cast_mut(), dim);
-                    store_row_as::<S>(DType::F16, v.as_ptr(), v_to.cast_mut(), dim);
-                    if in_group == INT4_GROUP - 1 {
-                        rows.flush(tail, page, head, offset - in_group);
-                    }
+                To::Quantized { k: k_rows, v: v_rows } => {
+                    let tail = plan.tail_slots.get(token).map_or(0, |&tail| tail as usize);
+                    let (at, place) = ((page, head, offset), (tail, plan.positions[token] as usize));
+                    k_rows.store(at, place, &k[..dim]);
+                    v_rows.store(at, place, &v[..dim]);
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! Attention on the CPU: one kernel for prefill, decode, tree, int4 and selected pages.
+//! Attention on the CPU: one kernel for prefill, decode, tree, quantised and selected pages.
 //!
 //! A work item is a tile of packed query rows against a range of KV. For each block of 64 KV tokens:
 //! load K transposed to f32, `S = Q K^T`, mask and online softmax (FlashAttention-2, arXiv:2307.08691),

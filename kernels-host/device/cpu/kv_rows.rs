@@ -5,10 +5,10 @@ use ferroflash_kernels::abi::{KV_BLOCK, Sequence};
 use half::{bf16, f16};
 
 use super::convert::{Float, load_row};
-use super::int4::Int4Rows;
 use super::matmul::matmul;
+use super::quantized::QuantRows;
 use super::simd::Simd;
-use crate::kv_cache::Kv;
+use crate::kv::Kv;
 use crate::tensor::{DType, View};
 
 /// What stands in for the rows after a sequence's end, so that unused slots are never read.
@@ -58,7 +58,7 @@ pub(super) struct KvRows<'a> {
 
 enum Source {
     Float { dtype: DType, k: Rows, v: Rows },
-    Int4(Int4Rows),
+    Quantized { k: QuantRows, v: QuantRows },
 }
 
 /// Rows of one tensor; strides in bytes.
@@ -95,7 +95,7 @@ impl<'a> KvRows<'a> {
         let source = match kv {
             Kv::Ragged { k, v } => Source::Float { dtype: k.dtype(), k: Rows::ragged(k), v: Rows::ragged(v) },
             Kv::Paged { k, v } => Source::Float { dtype: k.dtype(), k: Rows::paged(k), v: Rows::paged(v) },
-            Kv::Int4(pages) => Source::Int4(Int4Rows::new(pages, head_dim)),
+            Kv::Quantized { k, v } => Source::Quantized { k: QuantRows::new(k), v: QuantRows::new(v) },
         };
         KvRows { page_size, pages, head_dim, v_head_dim, source }
     }
@@ -153,11 +153,12 @@ impl<'a> KvRows<'a> {
                 let (from, lines) = (bytes / 2, (bytes / 2).div_ceil(64));
                 Ahead { rows: ahead, from, lines, per_step: (KV_BLOCK * lines).div_ceil(self.head_dim) }
             }
-            Source::Int4(pages) => {
+            Source::Quantized { k, .. } => {
                 let mut rows: [*const u8; KV_BLOCK] = [ZEROS.as_ptr().cast(); KV_BLOCK];
                 for (i, address) in rows.iter_mut().enumerate().take(n) {
                     let row = spare.add(i * self.head_dim);
-                    pages.load_k::<S>(place.seq, place.head, at + i, self.locate(place, at + i), row);
+                    let located = self.locate(place, at + i);
+                    k.load::<S>(place.seq, place.head, at + i, located, row, self.head_dim);
                     *address = row.cast();
                 }
                 transpose::<S, f32>(&rows, &rows, self.head_dim, to);
@@ -211,15 +212,10 @@ impl<'a> KvRows<'a> {
                     }
                 }
             }
-            Source::Int4(pages) => {
+            Source::Quantized { v, .. } => {
                 for i in 0..n {
-                    pages.load_v::<S>(
-                        place.seq,
-                        place.head,
-                        at + i,
-                        self.locate(place, at + i),
-                        spare.add(i * stride),
-                    );
+                    let (located, to) = (self.locate(place, at + i), spare.add(i * stride));
+                    v.load::<S>(place.seq, place.head, at + i, located, to, self.v_head_dim);
                 }
             }
         }

@@ -3,12 +3,12 @@
 mod append;
 mod attend;
 mod convert;
-mod int4;
 mod kv_rows;
 mod layer;
 #[doc(hidden)]
 pub mod matmul;
 mod page_mass;
+mod quantized;
 mod sampling;
 mod select;
 #[doc(hidden)]
@@ -217,8 +217,8 @@ impl Backend for Cpu {
         Ok(pages[range].to_vec())
     }
 
-    fn dequantize_int4(&self, call: DequantCall<'_>) -> Result<()> {
-        int4::dequantize(self, call);
+    fn dequantize(&self, call: DequantCall<'_>) -> Result<()> {
+        quantized::dequantize(self, call);
         Ok(())
     }
 

@@ -1,8 +1,8 @@
-//! Append and int4 on a GPU: where a plan lies in device memory, and its launches.
+//! Append and quantised pages on a GPU: where a plan lies in device memory, and its launches.
 
 use ferroflash_kernels::abi::{
-    AppendParams, INT4_GROUP, Int4AppendParams, Int4DequantParams, Int4Group, Int4Rows, Int4TailToken,
-    ROWS_PER_CTA, RopeParams, Rows, SKIP_SLOT, SummaryParams, TouchedPage,
+    AppendParams, AppendQuantParams, DequantParams, INT4_GROUP, Int4Group, Int4TailToken, PageRows,
+    QuantRows, ROWS_PER_CTA, RopeParams, Rows, SKIP_SLOT, SummaryParams, TouchedPage, format,
 };
 
 use super::driver::{bytes, words};
@@ -10,9 +10,10 @@ use super::params::{NO_PAGES, aligned, element, page_rows, rows};
 use super::{Blob, Gpu, Offsets};
 use crate::device::{AppendCall, AppendCounts, DequantCall, Storage};
 use crate::error::Result;
-use crate::kv_cache::{Int4Pages, KvMut, int4_v_group};
+use crate::kv::{KvMut, QuantPages};
 use crate::op::append_kv::AppendPlan;
 use crate::spec::RopeStyle;
+use crate::tensor::View;
 
 /// Offsets of an append plan's parts in its device memory.
 struct Parts {
@@ -91,28 +92,30 @@ fn int4_work(plan: &AppendPlan, slots: &[u64]) -> (Vec<Int4Group>, Vec<Int4TailT
     (groups, tail_tokens)
 }
 
-pub(super) fn int4_rows(pages: &Int4Pages<'_>) -> Int4Rows {
-    Int4Rows {
-        k_codes: page_rows(&pages.k_codes),
-        k_params: page_rows(&pages.k_params),
-        v_codes: page_rows(&pages.v_codes),
-        v_params: page_rows(&pages.v_params),
-        k_tail: page_rows(&pages.k_tail),
-        v_tail: page_rows(&pages.v_tail),
+/// Where a side of quantised pages is, for kernels, which ask for rows at multiples of 16 bytes.
+pub(super) fn quant_rows(op: &'static str, pages: &QuantPages<View<'_>>) -> Result<QuantRows> {
+    for (what, view) in pages.parts() {
+        let by_head = matches!((what, pages), ("scales", QuantPages::Fp8 { .. }));
+        match what {
+            _ if by_head => {}
+            // Rows along the last dimension but one, or the last.
+            "scales" => aligned(op, what, &view.narrow(2, 0, view.shape()[2].min(1))?, 16)?,
+            _ => aligned(op, what, view, 16)?,
+        }
     }
-}
-
-/// What the int4 kernels ask beyond the operation's door.
-pub(super) fn check_int4(op: &'static str, pages: &Int4Pages<'_>) -> Result<()> {
-    let parts = [
-        ("k_codes", &pages.k_codes),
-        ("v_codes", &pages.v_codes),
-        ("k_params", &pages.k_params),
-        ("v_params", &pages.v_params),
-    ];
-    parts.into_iter().try_for_each(|(what, view)| aligned(op, what, view, 4))?;
-    aligned(op, "k_tail", &pages.k_tail, 8)?;
-    aligned(op, "v_tail", &pages.v_tail, 8)
+    let (codes, params, tail, format) = match pages {
+        QuantPages::F16(pages) => (pages, NO_PAGES, NO_PAGES, format::F16),
+        QuantPages::Fp8 { codes, scales } => {
+            let base = scales.ptr() as u64;
+            (codes, PageRows { base, page: 0, head: 4, token: 0 }, NO_PAGES, format::FP8)
+        }
+        QuantPages::Int8 { codes, scales } => (codes, page_rows(scales), NO_PAGES, format::INT8),
+        QuantPages::Int4Keys { codes, params, tail } => {
+            (codes, page_rows(params), page_rows(tail), format::INT4)
+        }
+        QuantPages::Int4Values { codes, params } => (codes, page_rows(params), NO_PAGES, format::INT4),
+    };
+    Ok(QuantRows { codes: page_rows(codes), params, tail, format, reserved: 0 })
 }
 
 impl Gpu {
@@ -160,7 +163,7 @@ impl Gpu {
             KvMut::Paged { k, v, .. } => {
                 (page_rows(&k.as_view()), page_rows(&v.as_view()), element(k.dtype()))
             }
-            KvMut::Int4(_) => (NO_PAGES, NO_PAGES, 0),
+            KvMut::Quantized { .. } => (NO_PAGES, NO_PAGES, 0),
         };
         let params = AppendParams {
             q: q.as_ref().map_or(Rows::NONE, rows),
@@ -193,13 +196,15 @@ impl Gpu {
                 self.launch("page_summaries", [counts.touched_pages, plan.num_kv_heads], words(&params))
             }
             KvMut::Paged { .. } => Ok(()),
-            KvMut::Int4(pages) => {
-                let pages = pages.as_view();
-                check_int4("append_kv", &pages)?;
-                let params = Int4AppendParams {
+            KvMut::Quantized { k: keys, v: values } => {
+                let (k_pages, v_pages) =
+                    (keys.as_ref().map(|k| k.as_view()), values.as_ref().map(|v| v.as_view()));
+                let params = AppendQuantParams {
                     k: params.k,
                     v: params.v,
-                    pages: int4_rows(&pages),
+                    k_pages: quant_rows("append_kv", &k_pages)?,
+                    v_pages: quant_rows("append_kv", &v_pages)?,
+                    slots: params.slots,
                     rope,
                     groups: at(blob.groups),
                     tail_tokens: at(blob.tail_tokens),
@@ -207,11 +212,14 @@ impl Gpu {
                     page_size: plan.page_size as u32,
                     num_kv_heads: plan.num_kv_heads as u32,
                     head_dim: plan.head_dim as u32,
-                    v_group: int4_v_group(plan.head_dim) as u32,
-                    reserved: 0,
                 };
+                let heads = (2 * plan.num_kv_heads).div_ceil(ROWS_PER_CTA);
+                self.launch("append_quantized", [plan.num_tokens(), heads], words(&params))?;
+                if !k_pages.has_tails() {
+                    return Ok(());
+                }
                 // Groups first: they take old tokens from the tails that the second launch overwrites.
-                self.launch("quantize_int4", [counts.groups, plan.num_kv_heads], words(&params))?;
+                self.launch("quantize_keys_int4", [counts.groups, plan.num_kv_heads], words(&params))?;
                 let count = counts.tail_tokens * plan.num_kv_heads;
                 self.launch("append_tail_int4", [count.div_ceil(ROWS_PER_CTA), 1], words(&params))
             }
@@ -219,22 +227,19 @@ impl Gpu {
     }
 
     pub(super) fn run_dequantize(&self, call: DequantCall<'_>) -> Result<()> {
-        let DequantCall { pages, k, v } = call;
-        check_int4("int4::dequantize", &pages)?;
+        const OP: &str = "quantized::dequantize";
+        let DequantCall { pages: [k_pages, v_pages], k, v } = call;
         let &[num_pages, heads, page_size, head_dim] = k.shape() else { return Ok(()) };
-        let params = Int4DequantParams {
-            pages: int4_rows(&pages),
+        let params = DequantParams {
+            k_pages: quant_rows(OP, &k_pages)?,
+            v_pages: quant_rows(OP, &v_pages)?,
             k: page_rows(&k.as_view()),
             v: page_rows(&v.as_view()),
             num_pages: num_pages as u32,
             page_size: page_size as u32,
             head_dim: head_dim as u32,
-            v_group: int4_v_group(head_dim) as u32,
+            reserved: 0,
         };
-        self.launch(
-            "dequantize_int4",
-            [(num_pages * page_size).div_ceil(ROWS_PER_CTA), heads],
-            words(&params),
-        )
+        self.launch("dequantize", [(num_pages * page_size).div_ceil(ROWS_PER_CTA), heads], words(&params))
     }
 }

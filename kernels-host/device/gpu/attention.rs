@@ -1,17 +1,17 @@
 //! Attention on a GPU: where a plan lies in device memory, and its launches.
 
 use ferroflash_kernels::abi::{
-    AttentionInt4Params, AttentionParams, DecodeInt4Params, DecodeParams, Divisor, MergeItem,
+    AttentionParams, AttentionQuantParams, DecodeParams, DecodeQuantParams, Divisor, MergeItem,
     MergePartialsParams, PageMassParams, PageRows, ROWS_PER_CTA, RangeParams, Sequence, TokenRows, WorkItem,
 };
 
-use super::append::{check_int4, int4_rows};
+use super::append::quant_rows;
 use super::driver::{Launch, bytes, words};
 use super::params::{NO_PAGES, aligned, page_rows, ragged_rows, same_half, token_rows};
 use super::{CTAS_PER_PROCESSOR, Gpu, Offsets};
 use crate::device::{AttentionCall, PageMassCall, Storage};
 use crate::error::{Error, Result};
-use crate::kv_cache::{Kv, int4_v_group};
+use crate::kv::Kv;
 use crate::plan::Plan;
 use crate::spec::AttentionSpec;
 use crate::tensor::DType;
@@ -41,8 +41,20 @@ const DECODE: Family = family!("decode");
 /// By the shared memory that they need.
 const DECODE_MLA: [[&str; 2]; 2] =
     [["decode_mla_f16", "decode_mla_f16_large"], ["decode_mla_bf16", "decode_mla_bf16_large"]];
-const PREFILL_INT4: Family = family!("prefill_int4");
-const DECODE_INT4: Family = family!("decode_int4");
+const PREFILL_QUANTIZED: Family = family!("prefill_quantized");
+/// By type and head_dim: other sizes than [`HEAD_DIMS`].
+const DECODE_QUANTIZED: [[(usize, &str); 3]; 2] = [
+    [
+        (64, "decode_quantized_f16_d64"),
+        (128, "decode_quantized_f16_d128"),
+        (256, "decode_quantized_f16_d256"),
+    ],
+    [
+        (64, "decode_quantized_bf16_d64"),
+        (128, "decode_quantized_bf16_d128"),
+        (256, "decode_quantized_bf16_d256"),
+    ],
+];
 
 fn entry(family: &'static Family, dtype: DType, head_dim: usize) -> &'static str {
     let size = HEAD_DIMS.iter().position(|&d| head_dim <= d).unwrap_or(HEAD_DIMS.len() - 1);
@@ -160,6 +172,10 @@ impl Gpu {
     }
 
     fn decode_entry(&self, spec: &AttentionSpec, dtype: DType) -> &'static str {
+        if spec.quantized_kv {
+            let [smaller @ .., largest] = &DECODE_QUANTIZED[(dtype == DType::BF16) as usize];
+            return smaller.iter().find(|e| spec.head_dim <= e.0).unwrap_or(largest).1;
+        }
         if !spec.is_latent() {
             return entry(&DECODE, dtype, spec.head_dim);
         }
@@ -203,10 +219,7 @@ impl Gpu {
                 let rows = |view| if plan.page_size == 0 { ragged_rows(view) } else { page_rows(view) };
                 (rows(k), rows(v))
             }
-            Kv::Int4(pages) => {
-                check_int4(op, pages)?;
-                (NO_PAGES, NO_PAGES)
-            }
+            Kv::Quantized { .. } => (NO_PAGES, NO_PAGES),
         };
         let lse = lse.as_ref().map(|lse| lse.0.as_view());
         let rows = [token_rows(Some(&q)), token_rows(Some(&out_view)), token_rows(lse.as_ref())];
@@ -223,18 +236,14 @@ impl Gpu {
         let others = plan.items.len() - range_items(plan);
         let further = (range_items(plan) * size_of::<WorkItem>()) as u64;
         match &kv {
-            Kv::Int4(pages) => {
-                let v_group = int4_v_group(spec.head_dim);
-                let mut int4 = AttentionInt4Params {
-                    attention: params,
-                    pages: int4_rows(pages),
-                    v_group: Divisor::new(v_group as u32),
-                    v_groups: (spec.head_dim / v_group) as u32,
-                };
-                let decode = DecodeInt4Params { int4, ranges };
-                self.launch(entry(&DECODE_INT4, dtype, spec.head_dim), ctas, words(&decode))?;
-                int4.attention.items += further;
-                self.launch(entry(&PREFILL_INT4, dtype, spec.head_dim), [others, 1], words(&int4))?;
+            Kv::Quantized { k, v } => {
+                let (k, v) = (quant_rows(op, k)?, quant_rows(op, v)?);
+                let mut quant = AttentionQuantParams { attention: params, k, v };
+                let decode = DecodeQuantParams { quant, ranges };
+                self.launch(self.decode_entry(spec, dtype), ctas, words(&decode))?;
+                quant.attention.items += further;
+                let prefill = entry(&PREFILL_QUANTIZED, dtype, spec.head_dim);
+                self.launch(prefill, [others, 1], words(&quant))?;
             }
             _ => {
                 let decode = DecodeParams { attention: params, ranges };

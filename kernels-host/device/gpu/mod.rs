@@ -66,7 +66,11 @@ impl Backend for Gpu {
 
     fn schedule(&self, spec: &AttentionSpec, batch: &Batch<'_>, splits: Splits) -> Schedule {
         let processors = self.driver.processors();
-        let ranges = processors * self.decode_ctas(spec);
+        let ranges = match splits {
+            // Rows of many and of few must have the same bits: those of quantised KV are the prefill kernel's.
+            Splits::Fixed(_) if spec.quantized_kv => 0,
+            _ => processors * self.decode_ctas(spec),
+        };
         let cascade = Some(self.driver.bytes_of_launches());
         if let Some((hopper, rows)) = self.driver.hopper().zip(self.prefill_sm90_rows(spec, batch, splits)) {
             return Schedule {
@@ -156,7 +160,7 @@ impl Backend for Gpu {
         self.read_chosen(spec, plan, attention, range)
     }
 
-    fn dequantize_int4(&self, call: DequantCall<'_>) -> Result<()> {
+    fn dequantize(&self, call: DequantCall<'_>) -> Result<()> {
         self.run_dequantize(call)
     }
 

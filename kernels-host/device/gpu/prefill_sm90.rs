@@ -7,7 +7,7 @@ use ferroflash_kernels::abi::{
 use super::Gpu;
 use super::driver::{Launch, words};
 use crate::error::Result;
-use crate::kv_cache::Kv;
+use crate::kv::Kv;
 use crate::plan::{Batch, Plan, Splits};
 use crate::spec::AttentionSpec;
 use crate::tensor::{DType, View};
@@ -24,7 +24,7 @@ fn map_strides(dims: &[u64; 5], strides: [usize; 3], size: usize) -> [u64; 4] {
 }
 
 impl Gpu {
-    /// Packed rows of an item, where the batch is for these kernels; the others take what they do not: int4 KV, groups of
+    /// Packed rows of an item, where the batch is for these kernels; the others take what they do not: quantised KV, groups of
     /// more rows than a tile, and [`Splits::Fixed`], under which rows of many and of few must have the same bits.
     pub(super) fn prefill_sm90_rows(
         &self,
@@ -33,9 +33,12 @@ impl Gpu {
         splits: Splits,
     ) -> Option<usize> {
         let total_q = batch.qo_indptr.last().copied().unwrap_or(0);
-        let int4 = !batch.tail_slots.is_empty();
         // Coordinates of boxes are signed.
-        if int4 || matches!(splits, Splits::Fixed(_)) || total_q > i32::MAX as u32 || spec.num_kv_heads == 0 {
+        if spec.quantized_kv
+            || matches!(splits, Splits::Fixed(_))
+            || total_q > i32::MAX as u32
+            || spec.num_kv_heads == 0
+        {
             return None;
         }
         self.prefill_sm90_tile(spec)?.q_rows(spec.group().max(1))

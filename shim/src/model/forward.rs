@@ -125,6 +125,7 @@ impl Model {
         }
         let mut spec = AttentionSpec::new(config.num_q_heads, config.num_kv_heads, config.head_dim).causal();
         spec.window = config.window;
+        spec.quantized_kv = caches.spec.format.is_quantized();
         let max_blocks = step.page_tables.iter().map(Vec::len).max().unwrap_or(0);
         let mut block_table = vec![0; max_blocks * step.page_tables.len()];
         for (row, pages) in block_table.chunks_mut(max_blocks.max(1)).zip(&step.page_tables) {

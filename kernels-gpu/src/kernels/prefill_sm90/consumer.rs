@@ -96,7 +96,7 @@ pub(super) fn run<
         o = sum.wait::<0>();
         v.release(v_full);
         v_at.advance();
-        Output { p, channel: 0, leads: true }.end_item::<T, O_TILES>(&rows, state.reduced(), &o);
+        Output { p, channel: 0, leads: true, fold: 0 }.end_item::<T, O_TILES>(&rows, state.reduced(), &o);
         items.release(item);
         item_at.advance();
     }

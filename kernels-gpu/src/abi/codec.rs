@@ -1,0 +1,111 @@
+//! How a value becomes a code of quantised KV: the same arithmetic on every device. NaN becomes what 0 does, or a group's
+//! minimum.
+
+/// Conversion to f16 and back, nearest even: the device's instruction, or the host's.
+pub trait F16Bits {
+    /// Bits of the nearest f16.
+    fn bits(x: f32) -> u32;
+    /// What the bits mean.
+    fn value(bits: u32) -> f32;
+}
+
+/// Largest size of a value in int4 V: the largest that an f16 with three bits of mantissa holds, where spans fit too.
+pub const INT4_V_MAX: f32 = 28672.0;
+
+/// Largest size of a value in int4 K, which is kept in f16 at first.
+pub const INT4_K_MAX: f32 = 65504.0;
+
+/// Largest scale of int8: with 128 times it products of f16 are still finite.
+const INT8_MAX_SCALE: f32 = 511.0;
+
+/// `x` as f16, clamped to `max`.
+#[inline(always)]
+pub fn to_f16<F: F16Bits>(x: f32, max: f32) -> f32 {
+    let x = if x > max { max } else { x };
+    F::value(F::bits(if x < -max { -max } else { x }))
+}
+
+/// Bits of the least f16 that is not below `x`, which is not negative.
+#[inline(always)]
+fn not_below<F: F16Bits>(x: f32) -> u32 {
+    let bits = F::bits(x);
+    if F::value(bits) < x { bits + 1 } else { bits }
+}
+
+#[inline(always)]
+fn nearest(x: f32, most: f32) -> u32 {
+    let x = x + 0.5;
+    if x < most { x as u32 } else { most as u32 }
+}
+
+/// Code of a value over its scale: fp8 e4m3, nearest even, saturating.
+#[inline(always)]
+pub fn fp8_code(x: f32) -> u32 {
+    let sign = x.to_bits() >> 31 << 7;
+    let size = f32::from_bits(x.to_bits() & 0x7fff_ffff);
+    if size >= 448.0 {
+        return sign | 0x7e;
+    }
+    if size >= 1.0 / 64.0 {
+        let bits = size.to_bits();
+        return sign | (((bits + 0x7_ffff + (bits >> 20 & 1)) >> 20) - (120 << 3));
+    }
+    // Multiples of 2^-9: added to 2^23, whose last bit is 1, the sum is rounded to them.
+    let code = (size * 512.0 + 8_388_608.0).to_bits() & 15;
+    if size < 1.0 / 64.0 { sign | code } else { sign }
+}
+
+/// What a code of fp8 e4m3 means; its NaN codes read as 480 and -480.
+#[inline(always)]
+pub fn fp8_value(code: u32) -> f32 {
+    // A float with that exponent and mantissa is 2^-120 of it.
+    f32::from_bits((code & 0x80) << 24 | (code & 0x7f) << 20) * f32::from_bits((120 + 127) << 23)
+}
+
+/// Bits of an int8 row's scale; `max` is the largest size of its values.
+#[inline(always)]
+pub fn int8_scale<F: F16Bits>(max: f32) -> u32 {
+    let scale = max / 127.0;
+    not_below::<F>(if scale < INT8_MAX_SCALE { scale } else { INT8_MAX_SCALE })
+}
+
+/// Byte of a value over its scale.
+#[inline(always)]
+pub fn int8_code(x: f32, scale: f32) -> u32 {
+    if scale > 0.0 {
+        let size = nearest(f32::from_bits(x.to_bits() & 0x7fff_ffff) / scale, 127.0);
+        (if x < 0.0 { size.wrapping_neg() } else { size }) & 0xff
+    } else {
+        0
+    }
+}
+
+/// Scale of an int4 group of K from `min`, an f16, to `max`: code 15 reaches the maximum.
+#[inline(always)]
+pub fn int4_scale<F: F16Bits>(min: f32, max: f32) -> f32 {
+    F::value(not_below::<F>((max - min) / 15.0))
+}
+
+/// Code of a value in an int4 group.
+#[inline(always)]
+pub fn int4_code(x: f32, min: f32, scale: f32) -> u32 {
+    if scale > 0.0 { nearest((x - min) / scale, 15.0) } else { 0 }
+}
+
+/// Params of an int4 group of V from `min` to `max`, f16 of at most [`INT4_V_MAX`]: in the low byte the span, 16 scales, an
+/// f16 without sign with three bits of mantissa, not below; in the high byte the minimum, the upper byte of an f16, not
+/// above.
+#[inline(always)]
+pub fn int4_v_params<F: F16Bits>(min: f32, max: f32) -> u32 {
+    let bits = F::bits(min);
+    // Of a negative number a larger size is lower.
+    let min_bits = (if bits & 0x8000 != 0 { bits + 0xff } else { bits }) & 0xff00;
+    let span = not_below::<F>((max - F::value(min_bits)) * (16.0 / 15.0));
+    min_bits | (span + 0x7f) >> 7
+}
+
+/// Minimum and scale of such params.
+#[inline(always)]
+pub fn int4_v_range<F: F16Bits>(params: u32) -> (f32, f32) {
+    (F::value(params & 0xff00), F::value((params & 0xff) << 7) / 16.0)
+}

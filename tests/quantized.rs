@@ -1,0 +1,458 @@
+//! Quantised KV: the documented forms, the bounded error, and attention over pages and tails, whatever the form of each side.
+
+mod common;
+
+use common::cases::compare;
+use common::reference::{Features, attend};
+use common::{Elements, Rng, devices, is_gpu, on, rounded};
+use ferroflash::op::append_kv::AppendPlan;
+use ferroflash::op::attention::AttentionPlan;
+use ferroflash::op::quantized;
+use ferroflash::{
+    AttentionSpec, Batch, DType, Device, INT4_GROUP, Kv, KvCache, KvCacheSpec, KvCode, KvFormat, KvMut,
+    KvTable, PlanLimits, QuantPages, Splits, Tensor,
+};
+use half::f16;
+
+const CODES: [KvCode; 4] = [KvCode::F16, KvCode::Fp8, KvCode::Int8, KvCode::Int4];
+
+/// fp8's scales, one per head.
+const HEAD_SCALES: [f32; 3] = [0.25, 0.5, 0.125];
+
+/// Pages of both sides on a device, all bits set before, and their last copy on the host.
+struct Memory {
+    sides: [QuantPages<Tensor>; 2],
+    bytes: [Vec<u8>; 2],
+    params: [Vec<u16>; 2],
+    heads: usize,
+    page_size: usize,
+    dim: usize,
+}
+
+impl Memory {
+    fn new(device: &Device, codes: [KvCode; 2], sizes: [usize; 4], num_tails: usize) -> Self {
+        let [pages, heads, page_size, dim] = sizes;
+        let bytes = |shape: &[usize]| on(device, &vec![0xffu8; shape.iter().product()], shape);
+        let nans = |shape: &[usize]| on(device, &vec![f16::NAN; shape.iter().product()], shape);
+        let rows = |width| [pages, heads, page_size, width];
+        let side = |code, is_v: bool| match code {
+            KvCode::F16 => QuantPages::F16(nans(&rows(dim))),
+            KvCode::Fp8 => QuantPages::Fp8 {
+                codes: bytes(&rows(dim)),
+                scales: on(device, &HEAD_SCALES[..heads], &[heads]),
+            },
+            KvCode::Int8 => {
+                QuantPages::Int8 { codes: bytes(&rows(dim)), scales: nans(&[pages, heads, page_size]) }
+            }
+            KvCode::Int4 if is_v => QuantPages::Int4Values {
+                codes: bytes(&rows(dim / 2)),
+                params: bytes(&[pages, heads, dim / INT4_GROUP, page_size, 2]),
+            },
+            KvCode::Int4 => QuantPages::Int4Keys {
+                codes: bytes(&rows(dim / 2)),
+                params: nans(&[pages, heads, page_size / INT4_GROUP, 2, dim]),
+                tail: nans(&[num_tails, heads, INT4_GROUP, dim]),
+            },
+        };
+        let sides = [side(codes[0], false), side(codes[1], true)];
+        Memory { sides, bytes: Default::default(), params: Default::default(), heads, page_size, dim }
+    }
+
+    fn views(&self) -> (QuantPages<ferroflash::View<'_>>, QuantPages<ferroflash::View<'_>>) {
+        let [k, v] = self.sides.each_ref().map(|side| side.as_ref().map(Tensor::view));
+        (k, v)
+    }
+
+    fn view_mut(&mut self) -> KvMut<'_> {
+        let [k, v] = self.sides.each_mut().map(|side| side.as_mut().map(Tensor::view_mut));
+        KvMut::Quantized { k, v }
+    }
+
+    fn fetch(&mut self) {
+        for (i, side) in self.sides.iter().enumerate() {
+            let words = |t: &Tensor| t.to_vec::<f16>().unwrap().iter().map(|x| x.to_bits()).collect();
+            (self.bytes[i], self.params[i]) = match side {
+                QuantPages::F16(pages) => (Vec::new(), words(pages)),
+                QuantPages::Fp8 { codes, .. } => (codes.to_vec().unwrap(), Vec::new()),
+                QuantPages::Int8 { codes, scales } => (codes.to_vec().unwrap(), words(scales)),
+                QuantPages::Int4Keys { codes, params, .. } => (codes.to_vec().unwrap(), words(params)),
+                QuantPages::Int4Values { codes, params } => {
+                    let pairs = params.to_vec::<u8>().unwrap();
+                    let words = pairs.chunks_exact(2).map(|p| u16::from_le_bytes([p[0], p[1]])).collect();
+                    (codes.to_vec().unwrap(), words)
+                }
+            };
+        }
+    }
+
+    /// One value by the documented form, and the scale of its code; `which` 0 is K, 1 is V.
+    fn read(&self, which: usize, page: usize, head: usize, offset: usize, d: usize) -> (f32, f32) {
+        let row = (page * self.heads + head) * self.page_size + offset;
+        let (bytes, params) = (&self.bytes[which], &self.params[which]);
+        let half = |i: usize| f16::from_bits(params[i]).to_f32();
+        let four_bits = || {
+            let at = row * self.dim / 2 + d / 8 * 4;
+            let word = u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+            (word >> (4 * (d % 8 / 2) + 16 * (d % 2)) & 15) as f32
+        };
+        match &self.sides[which] {
+            QuantPages::F16(_) => (half(row * self.dim + d), 0.0),
+            QuantPages::Fp8 { .. } => {
+                let code = bytes[row * self.dim + d];
+                let (exponent, mantissa) = ((code >> 3 & 15) as i32, (code & 7) as f32 / 8.0);
+                let size = if exponent == 0 {
+                    mantissa * 2f32.powi(-6)
+                } else {
+                    (1.0 + mantissa) * 2f32.powi(exponent - 7)
+                };
+                let sign = if code & 128 == 0 { 1.0 } else { -1.0 };
+                (sign * size * HEAD_SCALES[head], HEAD_SCALES[head])
+            }
+            QuantPages::Int8 { .. } => {
+                let scale = half(row);
+                (bytes[row * self.dim + d] as i8 as f32 * scale, scale)
+            }
+            QuantPages::Int4Keys { .. } => {
+                let group = row / INT4_GROUP * 2 * self.dim;
+                let (min, scale) = (half(group + d), half(group + self.dim + d));
+                (min + scale * four_bits(), scale)
+            }
+            QuantPages::Int4Values { .. } => {
+                let groups = self.dim / INT4_GROUP;
+                let at = ((page * self.heads + head) * groups + d / INT4_GROUP) * self.page_size + offset;
+                let (span, min) = (params[at] & 0xff, params[at] & 0xff00);
+                let scale = f16::from_bits(span << 7).to_f32() / 16.0;
+                (f16::from_bits(min).to_f32() + scale * four_bits(), scale)
+            }
+        }
+    }
+
+    /// Minimum of the group of an int4 value; 0 of other forms.
+    fn min_of_value(&self, page: u32, head: usize, token: usize, d: usize) -> f32 {
+        if !matches!(self.sides[1], QuantPages::Int4Values { .. }) {
+            return 0.0;
+        }
+        let (groups, group) = (self.dim / INT4_GROUP, d / INT4_GROUP);
+        let row = (page as usize * self.heads + head) * groups + group;
+        f16::from_bits(self.params[1][row * self.page_size + token % self.page_size] & 0xff00).to_f32()
+    }
+
+    /// What a value may be off by.
+    fn bound(&self, which: usize, x: f32, scale: f32) -> f32 {
+        1e-6 * x.abs()
+            + match &self.sides[which] {
+                QuantPages::F16(_) => x.abs() / 2048.0 + 1e-7,
+                QuantPages::Fp8 { .. } => (x.abs() / 16.0).max(scale / 1024.0),
+                _ => 0.5001 * scale,
+            }
+    }
+}
+
+#[test]
+fn a_round_trip_is_within_half_a_step() {
+    let mut rng = Rng(11);
+    for (dim, code) in [64, 128, 96].into_iter().flat_map(|dim| CODES.map(|code| (dim, code))) {
+        let (num_pages, heads, page_size) = (2, 3, 64);
+        let total = num_pages * page_size;
+        let mut k: Vec<f32> = rng.normals(total * heads * dim);
+        let mut v: Vec<f32> = rng.normals(total * heads * dim).iter().map(|x| x * 4.0 + 0.7).collect();
+        // A constant channel, a constant token, outliers, small numbers, a zero row.
+        (0..total).for_each(|t| k[t * heads * dim + 5] = 2.5);
+        v[..dim].fill(-1.25);
+        (k[17], v[2 * dim + 3]) = (56.0, -40.0);
+        v[4 * dim..5 * dim].iter_mut().for_each(|x| *x *= 1e-4);
+        v[6 * dim..7 * dim].fill(0.0);
+        for device in devices() {
+            let mut memory = Memory::new(&device, [code; 2], [num_pages, heads, page_size, dim], 1);
+            let shape = [total, heads, dim];
+            let (k_in, v_in) = (on(&device, &k, &shape), on(&device, &v, &shape));
+            quantized::quantize(&device, k_in.view(), v_in.view(), memory.view_mut()).unwrap();
+            memory.fetch();
+            let unset = vec![f32::NAN; k.len()];
+            let [mut k_back, mut v_back] =
+                [(); 2].map(|_| on(&device, &unset, &[num_pages, heads, page_size, dim]));
+            quantized::dequantize(&device, memory.views(), k_back.view_mut(), v_back.view_mut()).unwrap();
+            let [k_back, v_back] = [k_back, v_back].map(|t| t.to_vec::<f32>().unwrap());
+            for (which, (x, back)) in [(&k, &k_back), (&v, &v_back)].into_iter().enumerate() {
+                for (i, &x) in x.iter().enumerate() {
+                    let (token, head, d) = (i / dim / heads, i / dim % heads, i % dim);
+                    let (page, offset) = (token / page_size, token % page_size);
+                    let (read, scale) = memory.read(which, page, head, offset, d);
+                    let back = back[((page * heads + head) * page_size + offset) * dim + d];
+                    assert!((read - back).abs() <= 1e-6 * read.abs(), "{code:?} {which}: {read} {back}");
+                    // int4 groups are of f16.
+                    let x = if code == KvCode::Int4 { rounded(DType::F16, x) } else { x };
+                    let bound = memory.bound(which, x, scale);
+                    assert!((x - back).abs() <= bound, "{code:?} {which}: {x} {back} {scale}");
+                }
+            }
+        }
+    }
+}
+
+/// What is beyond a form's range is clamped, and NaN is what 0 is, or a group's minimum: nothing that attention reads is not
+/// a number.
+#[test]
+fn what_no_code_stands_for_is_clamped() {
+    for (device, code) in devices().into_iter().flat_map(|d| CODES[1..].iter().map(move |&c| (d.clone(), c)))
+    {
+        let mut memory = Memory::new(&device, [code; 2], [1, 1, 32, 64], 1);
+        let mut x = vec![1.0f32; 32 * 64];
+        (x[3], x[64], x[130]) = (f32::NAN, 1e30, f32::NEG_INFINITY);
+        let new = on(&device, &x, &[32, 1, 64]);
+        quantized::quantize(&device, new.view(), new.view(), memory.view_mut()).unwrap();
+        memory.fetch();
+        let all = (0..2 * 32 * 64).map(|i| memory.read(i / 2048, 0, 0, i / 64 % 32, i % 64).0);
+        assert!(all.into_iter().all(f32::is_finite), "{code:?} {device:?}");
+        for which in [0, 1] {
+            let (large, small) = (memory.read(which, 0, 0, 1, 0).0, memory.read(which, 0, 0, 2, 2).0);
+            assert!(large > 100.0 && small < -100.0, "{code:?} {which} {large} {small} {device:?}");
+        }
+    }
+}
+
+/// One query a sequence, and many; every kernel size, among them rows that it does not fill; both types of queries.
+#[test]
+fn attention_reads_pages_and_tails() {
+    let sizes =
+        [(64, DType::F16), (96, DType::BF16), (128, DType::F16), (192, DType::BF16), (256, DType::F16)];
+    for ((dim, half), code) in sizes.into_iter().flat_map(|size| CODES[1..].iter().map(move |&c| (size, c))) {
+        attention_over([code; 2], dim, [1, 1, 1], half);
+        attention_over([code; 2], dim, [20, 9, 40], half);
+    }
+}
+
+#[test]
+fn keys_and_values_may_differ() {
+    for (k, v) in CODES.into_iter().flat_map(|k| CODES.map(|v| (k, v))) {
+        attention_over([k, v], 64, [1, 2, 1], DType::F16);
+        attention_over([k, v], 128, [1, 30, 3], DType::BF16);
+    }
+}
+
+/// `half`: the type of queries on devices that take no f32.
+fn attention_over(codes: [KvCode; 2], dim: usize, q_lens: [usize; 3], half: DType) {
+    let mut rng = Rng(5);
+    let (heads, page_size) = (2, 64);
+    let spec = AttentionSpec::new(4, heads, dim).causal().quantized_kv();
+    // Appended in two steps, so that groups fill up across calls.
+    let (first, second) = ([70usize, 31, 1], [83usize, 32, 64]);
+    let tables: [&[u32]; 3] = [&[4, 1], &[0, u32::MAX], &[3, u32::MAX]];
+    let block_table: Vec<u32> = tables.concat();
+    let tail_slots = [2, 0, 1];
+    let rows: Vec<(Vec<f32>, Vec<f32>)> =
+        second.iter().map(|n| (rng.normals(n * heads * dim), rng.normals(n * heads * dim))).collect();
+    let total_q: usize = q_lens.iter().sum();
+    let q = rng.normals(total_q * 4 * dim);
+    for device in devices() {
+        let mut memory = Memory::new(&device, codes, [5, heads, page_size, dim], 3);
+        for (from, to) in [([0, 0, 0], first), (first, second)] {
+            let (mut qo_indptr, mut k, mut v) = (vec![0u32], Vec::new(), Vec::new());
+            for s in 0..3 {
+                qo_indptr.push(qo_indptr[s] + (to[s] - from[s]) as u32);
+                k.extend_from_slice(&rows[s].0[from[s] * heads * dim..to[s] * heads * dim]);
+                v.extend_from_slice(&rows[s].1[from[s] * heads * dim..to[s] * heads * dim]);
+            }
+            let seq_lens = to.map(|n| n as u32);
+            let table =
+                KvTable::Block { page_size, block_table: &block_table, max_blocks: 2, seq_lens: &seq_lens };
+            let batch = Batch { tail_slots: &tail_slots, ..Batch::new(&qo_indptr, table) };
+            let shape = [qo_indptr[3] as usize, heads, dim];
+            let (k, v) = (on(&device, &k, &shape), on(&device, &v, &shape));
+            let append = AppendPlan::from_batch(&device, &spec, None, &batch).unwrap();
+            append.run(None, k.view(), v.view(), memory.view_mut()).unwrap();
+        }
+        let seq_lens = second.map(|n| n as u32);
+        let table =
+            KvTable::Block { page_size, block_table: &block_table, max_blocks: 2, seq_lens: &seq_lens };
+        let qo_indptr = [0, q_lens[0], q_lens[0] + q_lens[1], total_q].map(|n| n as u32);
+        let batch = Batch { tail_slots: &tail_slots, ..Batch::new(&qo_indptr, table) };
+        memory.fetch();
+        let dtype = if is_gpu(&device) { half } else { DType::F32 };
+        // Tensor cores take f16 keys, values and weights.
+        let product = |x: f32| if is_gpu(&device) { rounded(DType::F16, x) } else { x };
+        let q: Vec<f32> = q.iter().map(|&x| rounded(dtype, x)).collect();
+        let shape = [total_q, 4, dim];
+        let queries = Elements::new(dtype, &q).tensor(&device, &shape);
+        let (k, v) = memory.views();
+        let run = |batch: &Batch<'_>, splits| {
+            let mut out = Elements::new(dtype, &vec![f32::NAN; q.len()]).tensor(&device, &shape);
+            AttentionPlan::new(&device, &spec, batch, splits)
+                .unwrap()
+                .run(queries.view(), Kv::Quantized { k, v }, out.view_mut(), None)
+                .unwrap();
+            Elements::of_tensor(&out).to_f32()
+        };
+        let out = run(&batch, Splits::Auto);
+        let fixed = run(&batch, Splits::Fixed(64));
+        // Of all rows together: a row's weights are rounded alike for all of its channels, so one row is few samples.
+        let (mut all_exact, mut all_naive, mut got) = (Vec::new(), Vec::new(), [Vec::new(), Vec::new()]);
+        for s in 0..3 {
+            for head in 0..4 {
+                let row = |which: usize, token: usize| -> Vec<f32> {
+                    let page = tables[s][token / page_size] as usize;
+                    let in_tail = which == 0
+                        && codes[0] == KvCode::Int4
+                        && token >= second[s] / INT4_GROUP * INT4_GROUP;
+                    (0..dim)
+                        .map(|d| {
+                            if in_tail {
+                                rounded(DType::F16, rows[s].0[(token * heads + head / 2) * dim + d])
+                            } else {
+                                memory.read(which, page, head / 2, token % page_size, d).0
+                            }
+                        })
+                        .collect()
+                };
+                let keys: Vec<_> = (0..second[s]).map(|t| row(0, t)).collect();
+                let values: Vec<_> = (0..second[s]).map(|t| row(1, t)).collect();
+                let products = |rows: &[Vec<f32>]| -> Vec<Vec<f32>> {
+                    rows.iter().map(|r| r.iter().map(|&x| product(x)).collect()).collect()
+                };
+                let (near_keys, near_values) = (products(&keys), products(&values));
+                // Of int4 values codes and minima meet weights of their own: rounded, and with a span rounded again.
+                let minima: Vec<Vec<f32>> = (0..second[s])
+                    .map(|t| {
+                        (0..dim)
+                            .map(|d| memory.min_of_value(tables[s][t / page_size], head / 2, t, d))
+                            .collect()
+                    })
+                    .collect();
+                let above: Vec<Vec<f32>> = values
+                    .iter()
+                    .zip(&minima)
+                    .map(|(x, min)| x.iter().zip(min).map(|(x, min)| x - min).collect())
+                    .collect();
+                let folded = is_gpu(&device) && codes[1] == KvCode::Int4;
+                let scale = 1.0 / (dim as f32).sqrt();
+                let features = Features { scale: scale as f64, causal: true, ..Default::default() };
+                for token in 0..q_lens[s] {
+                    let at = ((qo_indptr[s] as usize + token) * 4 + head) * dim;
+                    let q = &q[at..][..dim];
+                    let position = (second[s] - q_lens[s] + token) as i64;
+                    let (exact, _) = attend::<f64>(q, position, &keys, &values, &features, |_| true, |p| p);
+                    let near = |values: &[Vec<f32>], weight: &dyn Fn(f32) -> f32| {
+                        attend::<f32>(q, position, &near_keys, values, &features, |_| true, weight).0
+                    };
+                    let naive = if folded {
+                        let (codes, minima) =
+                            (near(&above, &|p| product(product(p) * 0.3) / 0.3), near(&minima, &product));
+                        codes.iter().zip(&minima).map(|(a, b)| a + b).collect()
+                    } else {
+                        near(&near_values, &product)
+                    };
+                    let naive: Vec<f64> =
+                        naive.iter().map(|&x: &f64| rounded(dtype, x as f32) as f64).collect();
+                    all_naive.extend(naive);
+                    all_exact.extend(exact);
+                    for (got, out) in got.iter_mut().zip([&out, &fixed]) {
+                        got.extend_from_slice(&out[at..][..dim]);
+                    }
+                }
+            }
+        }
+        for got in &got {
+            compare("O", got, &all_exact, &all_naive, 2e-6)
+                .unwrap_or_else(|e| panic!("{e}\n{codes:?}, {dim} channels, {q_lens:?} queries, {device:?}"));
+        }
+    }
+}
+
+/// Each byte of codes, scales and tails comes once for a query group; what memory delivers besides is within 2%.
+#[test]
+fn a_group_reads_its_codes_once() {
+    let (heads, dim, len) = (2, 128, 6000 + 20);
+    for (k, v) in CODES.into_iter().flat_map(|k| CODES.map(|v| (k, v))) {
+        let device = Device::sim(3);
+        let spec = AttentionSpec::new(4 * heads, heads, dim).causal().quantized_kv();
+        let page_size = 32;
+        let num_pages = usize::div_ceil(len, page_size);
+        let format = KvFormat::Quantized { k, v, num_tails: 1 };
+        let sizes = KvCacheSpec {
+            num_pages,
+            page_size,
+            num_kv_heads: heads,
+            head_dim: dim,
+            format,
+            summaries: false,
+        };
+        let cache = KvCache::new(&device, sizes).unwrap();
+        let block_table: Vec<u32> = Rng(1).permutation(num_pages);
+        let seq_lens = [len as u32];
+        let table = KvTable::Block {
+            page_size,
+            block_table: &block_table,
+            max_blocks: num_pages,
+            seq_lens: &seq_lens,
+        };
+        let batch = Batch { tail_slots: &[0], ..Batch::new(&[0, 1], table) };
+        let q = Tensor::zeros(&device, DType::F16, &[1, 4 * heads, dim]).unwrap();
+        let mut out = Tensor::zeros(&device, DType::F16, &[1, 4 * heads, dim]).unwrap();
+        let mut plan = AttentionPlan::new(&device, &spec, &batch, Splits::Auto).unwrap();
+        let before = device.sim_stats().unwrap();
+        plan.run(q.view(), cache.view(), out.view_mut(), None).unwrap();
+        let after = device.sim_stats().unwrap();
+        let (copied, delivered) =
+            (after.global_copied - before.global_copied, after.distinct_read - before.distinct_read);
+        // Of a token: codes, and params by the eight tokens or, of keys, by the group.
+        let by_eight = usize::next_multiple_of(len, 8);
+        let (groups, in_tail) = (len / INT4_GROUP, len % INT4_GROUP);
+        let bytes = |code, is_v: bool| match code {
+            KvCode::F16 => 2 * len * dim,
+            KvCode::Fp8 => len * dim,
+            KvCode::Int8 => len * dim + 2 * by_eight,
+            KvCode::Int4 if is_v => len * dim / 2 + 2 * by_eight * dim / INT4_GROUP,
+            KvCode::Int4 => groups * (INT4_GROUP * dim / 2 + 4 * dim) + 2 * in_tail * dim,
+        };
+        let kv = (heads * (bytes(k, false) + bytes(v, true))) as u64;
+        println!("{k:?} {v:?}: {:.3} of K and V delivered", delivered as f64 / kv as f64);
+        assert_eq!(copied, kv, "{k:?} {v:?}");
+        assert!(delivered as f64 <= 1.02 * kv as f64, "{k:?} {v:?}: {delivered} of {kv}");
+    }
+}
+
+/// What is asked for in vain gets an error that says what would work.
+#[test]
+fn what_does_not_fit_is_refused() {
+    let device = Device::cpu();
+    let cache = |format, page_size, head_dim| {
+        let sizes =
+            KvCacheSpec { num_pages: 2, page_size, num_kv_heads: 2, head_dim, format, summaries: false };
+        KvCache::new(&device, sizes)
+    };
+    let refused = |result: ferroflash::Result<()>, words: &[&str]| {
+        let text = result.unwrap_err().to_string();
+        assert!(words.iter().all(|w| text.contains(w)), "{text}");
+    };
+    refused(cache(KvFormat::int4(1), 16, 64).map(drop), &["page_size", "32", "16"]);
+    refused(cache(KvFormat::int4(1), 32, 72).map(drop), &["head_dim", "32", "72"]);
+    refused(cache(KvFormat::INT8, 12, 64).map(drop), &["page_size", "8", "12"]);
+    refused(cache(KvFormat::FP8, 3, 72).map(drop), &["head_dim", "16", "72"]);
+    let mut fp8 = cache(KvFormat::FP8, 3, 64).unwrap();
+    refused(fp8.set_scales(&[1.0], &[1.0, 1.0]), &["k", "2 scales", "1"]);
+    refused(fp8.set_scales(&[1.0, 0.0], &[1.0, 1.0]), &["above 0", "0"]);
+    fp8.set_scales(&[0.5, 2.0], &[1.0, 1.0]).unwrap();
+
+    let table = KvTable::Block { page_size: 3, block_table: &[0, 1], max_blocks: 2, seq_lens: &[4] };
+    let batch = Batch::new(&[0, 1], table);
+    let q = Tensor::zeros(&device, DType::F32, &[1, 2, 64]).unwrap();
+    let mut out = Tensor::zeros(&device, DType::F32, &[1, 2, 64]).unwrap();
+    let spec = AttentionSpec::new(2, 2, 64);
+    let float = cache(KvFormat::Float(DType::F16), 3, 64).unwrap();
+    let mut plain = AttentionPlan::new(&device, &spec, &batch, Splits::Auto).unwrap();
+    refused(plain.run(q.view(), fp8.view(), out.view_mut(), None), &["quantized_kv"]);
+    let quantized_spec = spec.quantized_kv();
+    let mut plan = AttentionPlan::new(&device, &quantized_spec, &batch, Splits::Auto).unwrap();
+    refused(plan.run(q.view(), float.view(), out.view_mut(), None), &["quantised KV", "float KV"]);
+    plan.run(q.view(), fp8.view(), out.view_mut(), None).unwrap();
+    let int4 = cache(KvFormat::int4(1), 32, 64).unwrap();
+    let Kv::Quantized { k, v } = int4.view() else { panic!() };
+    let table = KvTable::Block { page_size: 32, block_table: &[0], max_blocks: 1, seq_lens: &[4] };
+    let batch = Batch { tail_slots: &[0], ..Batch::new(&[0, 1], table) };
+    let mut plan = AttentionPlan::new(&device, &quantized_spec, &batch, Splits::Auto).unwrap();
+    let exchanged = Kv::Quantized { k: v, v: k };
+    refused(plan.run(q.view(), exchanged, out.view_mut(), None), &["Int4Keys as keys"]);
+    let limits = PlanLimits { sequences: 1, q_tokens: 1, page_size: 32, pages: 1, tree_words: 0 };
+    let fixed = AttentionPlan::with_limits(&device, &quantized_spec, limits, Splits::Fixed(64));
+    refused(fixed.map(drop), &["splits", "Auto"]);
+}
