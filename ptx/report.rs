@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::path::Path;
 
-use ferroflash_kernels::abi::{PREFILL_SM90, PREFILL_SM90_REGISTERS, PrefillTile};
+use ferroflash_kernels::abi::{PREFILL_SM90, PrefillTile, SM90_REGISTERS};
 
 use super::assemble::{Code, Loop, Tools};
 use super::compile::Manifest;
@@ -79,7 +79,7 @@ impl Figures {
             overlaps: round.overlaps,
             spills: code.spills(),
             registers: code.registers_of_roles().unwrap_or_default(),
-            plan: PREFILL_SM90_REGISTERS,
+            plan: SM90_REGISTERS,
         }
     }
 

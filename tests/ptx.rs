@@ -17,6 +17,7 @@ use std::{fs, thread};
 
 use assemble::{Loop, Tools};
 use compile::{Entry, Manifest, Toolchain};
+use ferroflash_kernels::abi::SM90_REGISTERS;
 use report::Figures;
 
 /// For each instruction set of the PTX, the GPUs that it is for.
@@ -195,6 +196,27 @@ fn decoding_keeps_the_memory_busy() {
             assert!(!copies.is_empty(), "{name}");
             assert!(copies.iter().all(|op| op.contains(".128")), "{name}: {copies:?}");
         }
+    }
+}
+
+/// Latent attention on Hopper: of a block the scorer's products are 36 for 576 channels and 4 for 64 tokens, the helper's 4,
+/// and both live with the registers that they take.
+#[test]
+fn latent_attention_is_products_without_waste() {
+    let Some(tools) = Tools::find() else { return };
+    let scratch = root().join("target/mla-checks");
+    fs::create_dir_all(&scratch).unwrap();
+    let file = "decode_mla_sm_90a.ptx";
+    let assembled = tools.assemble(file, &committed()[file], "sm_90a", &scratch).unwrap();
+    let code = tools.disassemble(&assembled).unwrap();
+    assert_eq!(code.len(), 2);
+    for (name, code) in code {
+        let products = code.operations().filter(|op| op.starts_with("HGMMA")).count();
+        assert_eq!(products, 36 + 4 + 4, "{name}");
+        assert!(!code.spills(), "{name}: local memory");
+        let registers = code.registers_of_roles().unwrap();
+        println!("{name}: registers of producer and consumers {registers:?}");
+        assert!(registers.0 <= SM90_REGISTERS.0 && registers.1 <= SM90_REGISTERS.1, "{name}: {registers:?}");
     }
 }
 

@@ -272,10 +272,10 @@ fn attention_over(codes: [KvCode; 2], dim: usize, q_lens: [usize; 3], half: DTyp
         // Tensor cores take f16 keys, values and weights.
         let product = |x: f32| if is_gpu(&device) { rounded(DType::F16, x) } else { x };
         let q: Vec<f32> = q.iter().map(|&x| rounded(dtype, x)).collect();
-        let shape = [total_q, 4, dim];
-        let queries = Elements::new(dtype, &q).tensor(&device, &shape);
         let (k, v) = memory.views();
-        let run = |batch: &Batch<'_>, splits| {
+        let run = |batch: &Batch<'_>, q: &[f32], splits| {
+            let shape = [q.len() / 4 / dim, 4, dim];
+            let queries = Elements::new(dtype, q).tensor(&device, &shape);
             let mut out = Elements::new(dtype, &vec![f32::NAN; q.len()]).tensor(&device, &shape);
             AttentionPlan::new(&device, &spec, batch, splits)
                 .unwrap()
@@ -283,8 +283,15 @@ fn attention_over(codes: [KvCode; 2], dim: usize, q_lens: [usize; 3], half: DTyp
                 .unwrap();
             Elements::of_tensor(&out).to_f32()
         };
-        let out = run(&batch, Splits::Auto);
-        let fixed = run(&batch, Splits::Fixed(64));
+        let out = run(&batch, &q, Splits::Auto);
+        let fixed = run(&batch, &q, Splits::Fixed(64));
+        // Rows of many tokens have the bits that they have alone.
+        let last = |x: &[f32]| -> Vec<f32> {
+            let row = |&end: &u32| x[(end as usize - 1) * 4 * dim..end as usize * 4 * dim].to_vec();
+            qo_indptr[1..].iter().flat_map(row).collect()
+        };
+        let alone = Batch { qo_indptr: &[0, 1, 2, 3], ..batch };
+        assert_eq!(run(&alone, &last(&q), Splits::Fixed(64)), last(&fixed), "{codes:?} {device:?}");
         // Of all rows together: a row's weights are rounded alike for all of its channels, so one row is few samples.
         let (mut all_exact, mut all_naive, mut got) = (Vec::new(), Vec::new(), [Vec::new(), Vec::new()]);
         for s in 0..3 {

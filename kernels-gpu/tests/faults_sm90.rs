@@ -269,6 +269,32 @@ fn bulk_stores_have_read_before_others_write() {
     faults(stores_then_bulk_store::<4>, 1, "race");
 }
 
+/// One warpgroup passes words of global memory to another, which meets it at a barrier of its own or not at all.
+fn global_baton<const BROKEN: u32>(params: *const u8) {
+    let (lane, at) = (isa::thread_x() % 128, tensor(params));
+    if isa::thread_x() < 128 {
+        unsafe { isa::st_global_1(at + 4 * lane as u64, [lane]) };
+        isa::bar_arrive_named(2, 256);
+    } else {
+        if BROKEN != 1 || lane >= 32 {
+            isa::bar_sync_named(2, 256);
+        } else {
+            unsafe { isa::ld_global_1(at + 4 * (lane ^ 1) as u64) };
+            return isa::bar_sync_named(2, 256);
+        }
+        unsafe { isa::ld_global_1(at + 4 * (lane ^ 1) as u64) };
+    }
+}
+
+#[test]
+fn named_barriers_order_global_memory() {
+    works(global_baton::<0>, 2);
+    // Found where the reader comes after the writer: a write after a read is not looked for.
+    let found = (0..SEEDS).filter_map(|seed| run(global_baton::<1>, 2, 1, seed).err());
+    let found: Vec<Fault> = found.collect();
+    assert!(!found.is_empty() && found.iter().all(|fault| fault.what.contains("race: read of global")));
+}
+
 /// One warpgroup writes, another reads.
 fn baton<const BROKEN: u32>(_: *const u8) {
     let lane = isa::thread_x() % 128;

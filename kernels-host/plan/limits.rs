@@ -1,7 +1,5 @@
 //! Plans that are made anew in place: room for the largest batch, so that addresses and launches stay the same.
 
-use ferroflash_kernels::abi::DECODE_ROWS;
-
 use super::{Plan, Schedule, Splits};
 use crate::error::{Error, Result};
 use crate::spec::AttentionSpec;
@@ -75,7 +73,7 @@ impl PlanLimits {
             sequences: self.sequences,
             pages: self.pages,
             tree_mask: self.tree_words,
-            partial_rows: 2 * (workers - 1) * DECODE_ROWS,
+            partial_rows: 2 * (workers - 1) * schedule.range_rows,
             ..PlanSizes::default()
         };
         if splits.section() > 0 {
@@ -84,7 +82,7 @@ impl PlanLimits {
             let sections = tokens.div_ceil(splits.section()).saturating_add(self.sequences);
             sizes.merges = tiles;
             sizes.splits = sections.saturating_mul(spec.num_kv_heads);
-            sizes.partial_rows = sizes.splits.saturating_mul(DECODE_ROWS);
+            sizes.partial_rows = sizes.splits.saturating_mul(schedule.range_rows);
         }
         sizes.range_merges = sizes.merges;
         sizes
@@ -133,8 +131,9 @@ impl Plan {
         if !self.logical_pages.is_empty() {
             return Err(Error::value(op, "page_lists", "none in a plan with limits", "some"));
         }
-        if let Some(s) = self.sequences.iter().find(|s| s.q_len as usize * spec.group() > DECODE_ROWS) {
-            let most = DECODE_ROWS / spec.group();
+        let rows = schedule.range_rows;
+        if let Some(s) = self.sequences.iter().find(|s| s.q_len as usize * spec.group() > rows) {
+            let most = rows / spec.group();
             let expected =
                 format_args!("at most {most} query tokens a sequence in a plan with limits").to_string();
             return Err(Error::value(op, "query tokens of a sequence", expected, s.q_len));

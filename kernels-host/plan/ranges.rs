@@ -108,7 +108,7 @@ mod tests {
         };
         let (qo_indptr, kv_indptr) = (sums(|l| l.0), sums(|l| l.1));
         let batch = Batch::new(&qo_indptr, KvTable::Ragged { kv_indptr: &kv_indptr });
-        let schedule = Schedule { row_tile: 128, workers: 4, ranges, ..Schedule::default() };
+        let schedule = Schedule { row_tile: 128, workers: 4, ranges, range_rows: 16, ..Schedule::default() };
         Plan::new("test", spec, &batch, splits, schedule).unwrap()
     }
 
@@ -183,7 +183,7 @@ mod tests {
                 pages: plan.total_kv,
                 tree_words: 0,
             };
-            let schedule = Schedule { ranges: workers, ..Schedule::default() };
+            let schedule = Schedule { ranges: workers, range_rows: 16, ..Schedule::default() };
             let (room, needed) = (limits.sizes(&spec, splits, schedule), plan.sizes());
             prop_assert!(needed.items <= room.items && needed.ranges <= room.ranges);
             prop_assert!(needed.merges <= room.merges && needed.range_merges <= room.range_merges);

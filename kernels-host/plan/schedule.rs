@@ -1,6 +1,6 @@
 //! From tiles of rows to items in the order in which workers take them.
 
-use ferroflash_kernels::abi::{DECODE_ROWS, KV_BLOCK, MergeItem, NO_MERGE, NO_PARTIAL, Sequence, WorkItem};
+use ferroflash_kernels::abi::{KV_BLOCK, MergeItem, NO_MERGE, NO_PARTIAL, Sequence, WorkItem};
 
 use super::{Plan, Splits};
 use crate::error::{Error, Result};
@@ -21,8 +21,9 @@ pub(crate) struct Schedule {
     pub(crate) row_tile: usize,
     /// Parallel workers that items should fill.
     pub(crate) workers: usize,
-    /// Workers that stay and walk ranges of items of at most [`DECODE_ROWS`] rows; 0: none do.
+    /// Workers that stay and walk ranges of items of at most `range_rows` rows; 0: none do.
     pub(crate) ranges: usize,
+    pub(crate) range_rows: usize,
     /// Whether an item that finishes rows after several sections gets room to keep them in between.
     pub(crate) scratch: bool,
     /// Whether items of many rows are for Hopper's kernels.
@@ -44,7 +45,7 @@ impl Plan {
         schedule: Schedule,
     ) -> Result<()> {
         if schedule.ranges > 0 {
-            let is_few = |t: &WorkItem| (t.row_end - t.row_start) as usize <= DECODE_ROWS;
+            let is_few = |t: &WorkItem| (t.row_end - t.row_start) as usize <= schedule.range_rows;
             let (few, many) = tiles.into_iter().partition(is_few);
             self.walk_ranges(few, splits, schedule.ranges);
             tiles = many;

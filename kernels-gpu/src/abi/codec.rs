@@ -109,3 +109,67 @@ pub fn int4_v_params<F: F16Bits>(min: f32, max: f32) -> u32 {
 pub fn int4_v_range<F: F16Bits>(params: u32) -> (f32, f32) {
     (F::value(params & 0xff00), F::value((params & 0xff) << 7) / 16.0)
 }
+
+#[cfg(all(test, feature = "sim", not(target_arch = "nvptx64")))]
+mod tests {
+    use half::f16;
+
+    use super::*;
+
+    struct Host;
+
+    impl F16Bits for Host {
+        fn bits(x: f32) -> u32 {
+            f16::from_f32(x).to_bits() as u32
+        }
+        fn value(bits: u32) -> f32 {
+            f16::from_bits(bits as u16).to_f32()
+        }
+    }
+
+    #[test]
+    fn fp8_is_nearest_even() {
+        for code in 0..=0x7e_u32 {
+            let value = fp8_value(code);
+            assert_eq!(fp8_value(code | 0x80), -value);
+            for sign in [0, 0x80] {
+                let signed = |x: f32| if sign == 0 { x } else { -x };
+                assert_eq!(fp8_code(signed(value)), sign | code);
+                if code < 0x7e {
+                    // Half way to the next one, and a little to either side.
+                    let half = (value + fp8_value(code + 1)) / 2.0;
+                    assert_eq!(fp8_code(signed(half)), sign | (code + code % 2), "{half}");
+                    let bits = half.to_bits();
+                    assert_eq!(fp8_code(signed(f32::from_bits(bits - 1))), sign | code);
+                    assert_eq!(fp8_code(signed(f32::from_bits(bits + 1))), sign | (code + 1));
+                }
+            }
+        }
+        // By the format's definition: the least number, the least normal one, the greatest.
+        assert_eq!([1, 8, 0x38, 0x7e].map(fp8_value), [1.0 / 512.0, 1.0 / 64.0, 1.0, 448.0]);
+        assert_eq!([1e9, -449.0, f32::INFINITY, f32::NAN].map(fp8_code), [0x7e, 0xfe, 0x7e, 0]);
+    }
+
+    #[test]
+    fn groups_reach_both_ends() {
+        let ends = [-28672.0, -300.5, -1.0, -1e-3, 0.0, 2e-6, 0.7, 1.0, 513.0, 28672.0];
+        for (min, max) in ends.iter().flat_map(|&a| ends.iter().map(move |&b| (a, b))) {
+            if min > max {
+                continue;
+            }
+            let [min, max] = [min, max].map(|x| to_f16::<Host>(x, INT4_V_MAX));
+            let scale = int4_scale::<Host>(min, max);
+            // Up to the rounding of this sum.
+            let rounding = 1e-6 * (max.abs() + min.abs());
+            assert!(min + 15.0 * scale >= max - rounding, "{min} {max} {scale}");
+            assert_eq!(int4_code(min, min, scale), 0);
+            let (low, scale) = int4_v_range::<Host>(int4_v_params::<Host>(min, max));
+            assert!(low <= min && low + 15.0 * scale >= max, "{min} {max}: {low} {scale}");
+            // Three bits of mantissa of the span, two of the minimum.
+            assert!(
+                15.0 * scale <= 1.13 * (max - low) + 1e-3 && low >= min - min.abs() / 4.0 - 2e-5,
+                "{min} {max}: {low} {scale}"
+            );
+        }
+    }
+}

@@ -1,6 +1,6 @@
 //! What Hopper's kernels are given besides.
 
-use super::attention::AttentionParams;
+use super::attention::{AttentionParams, RangeParams};
 use super::plain;
 
 /// How the copy engine finds boxes of a tensor: opaque, made by the driver (`cuTensorMapEncodeTiled`) or, for the
@@ -68,7 +68,7 @@ impl TensorMapSpec {
 }
 
 /// Registers of a lane of the producer and of each of two consumers, after `setmaxnreg`: together the launch's.
-pub const PREFILL_SM90_REGISTERS: (u32, u32) = (56, 224);
+pub const SM90_REGISTERS: (u32, u32) = (56, 224);
 
 /// Channels of a panel of `wgmma`'s shared tiles: 64, or 32 where a row is no multiple of 64.
 pub const fn panel_channels(channels: usize) -> usize {
@@ -166,6 +166,14 @@ pub const PREFILL_SM90: [PrefillTile; 6] = [
     },
 ];
 
+/// Tokens of a box of K and V: the longest run that divides the block and the page (0: ragged, one page), in whole
+/// groups of eight rows, as the swizzle wants; `None` where there is none, and rows are gathered.
+#[cfg(not(target_arch = "nvptx64"))]
+pub fn box_rows(block: usize, page_size: usize) -> Option<usize> {
+    let divides = |rows: &usize| block.is_multiple_of(*rows) && page_size.is_multiple_of(*rows);
+    (8..=block).rev().filter(|r| r.is_multiple_of(8)).find(divides)
+}
+
 #[cfg(not(target_arch = "nvptx64"))]
 impl PrefillTile {
     /// The smallest kernel that holds these channels.
@@ -184,11 +192,9 @@ impl PrefillTile {
         (group <= self.rows).then(|| self.rows / group * group)
     }
 
-    /// Tokens of a box of K and V: the longest run that divides the block and the page (0: ragged, one page), in whole
-    /// groups of eight rows, as the swizzle wants; `None` where there is none, and rows are gathered.
+    /// Tokens of a box of K and V, see [`box_rows`].
     pub fn box_rows(&self, page_size: usize) -> Option<usize> {
-        let divides = |rows: &usize| self.block.is_multiple_of(*rows) && page_size.is_multiple_of(*rows);
-        (8..=self.block).rev().filter(|r| r.is_multiple_of(8)).find(divides)
+        box_rows(self.block, page_size)
     }
 }
 
@@ -224,7 +230,27 @@ pub struct PrefillSm90Params {
     pub reserved: u32,
 }
 
+/// Packed rows of an item of latent attention on Hopper: a warpgroup's.
+pub const DECODE_MLA_SM90_ROWS: usize = 64;
+
+/// Latent attention by `wgmma` and the copy engine.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DecodeMlaSm90Params {
+    /// The latent rows, as [`PrefillSm90Params::k_map`]: boxes of `box_rows` tokens and 64 channels.
+    pub map: TensorMap,
+    /// What every attention kernel is given.
+    pub attention: AttentionParams,
+    /// Who takes which items.
+    pub ranges: RangeParams,
+    /// Tokens of a box, as [`PrefillSm90Params::box_rows`], of blocks of [`KV_BLOCK`](super::KV_BLOCK).
+    pub box_rows: u32,
+    /// Keeps the size a multiple of 8.
+    pub reserved: u32,
+}
+
 plain! {
     TensorMap: 128,
+    DecodeMlaSm90Params: 424,
     PrefillSm90Params: 664,
 }

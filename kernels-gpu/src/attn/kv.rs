@@ -75,6 +75,12 @@ impl<'a> KvRows<'a> {
         KvRows { rows, base: rows.head_base(seq, item) }
     }
 
+    /// The rows without their channels before `first`.
+    #[inline(always)]
+    pub(crate) fn skip_channels(self, first: u32) -> Self {
+        KvRows { base: self.base + 2 * first as u64, ..self }
+    }
+
     /// Address of a row.
     #[inline(always)]
     pub(crate) fn at(&self, page: u32, offset: u32) -> u64 {

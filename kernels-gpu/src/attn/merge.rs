@@ -110,10 +110,39 @@ impl Merging<'_> {
     }
 }
 
-/// Where the item is a part of its rows' KV: the CTA that has come last merges all parts.
+/// The warps of a CTA that merge.
+pub(crate) trait Crew {
+    const WARPS: u32;
+    /// The lane's number among theirs.
+    fn thread() -> u32;
+    /// A barrier of theirs.
+    #[track_caller]
+    fn sync();
+}
+
+/// All warps of a decoding CTA.
+pub(crate) struct WholeCta;
+
+impl Crew for WholeCta {
+    const WARPS: u32 = DECODE_WARPS as u32;
+
+    #[inline(always)]
+    fn thread() -> u32 {
+        isa::thread_x()
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    fn sync() {
+        isa::bar_sync();
+    }
+}
+
+/// Where the item is a part of its rows' KV: the CTA that has come last merges all parts. The crew has met since it wrote
+/// the item's part.
 #[inline(always)]
 #[track_caller]
-pub(crate) fn merge_if_last<T: Half, const WIDE: bool>(
+pub(crate) fn merge_if_last<C: Crew, T: Half, const WIDE: bool>(
     p: &AttentionParams,
     ranges: &RangeParams,
     item: &WorkItem,
@@ -126,7 +155,7 @@ pub(crate) fn merge_if_last<T: Half, const WIDE: bool>(
     // SAFETY: the plan has the item's merge.
     let merge: MergeItem =
         unsafe { read_struct(ranges.merges + item.merge as u64 * size_of::<MergeItem>() as u64) };
-    if isa::thread_x() == 0 {
+    if C::thread() == 0 {
         // SAFETY: a counter per merge; the flag's word is free since the barrier before the item.
         unsafe {
             let most = merge.num_items - 1;
@@ -134,7 +163,7 @@ pub(crate) fn merge_if_last<T: Half, const WIDE: bool>(
             isa::st_shared_1(flag, [(before == most) as u32]);
         }
     }
-    isa::bar_sync();
+    C::sync();
     // SAFETY: written before the barrier.
     if isa::agreed(unsafe { isa::ld_shared_1(flag) }[0] == 0) {
         return;
@@ -148,10 +177,10 @@ pub(crate) fn merge_if_last<T: Half, const WIDE: bool>(
         group: p.group,
         v_head_dim: p.v_head_dim,
     };
-    let mut row = merge.row_start + isa::thread_x() / 32;
+    let mut row = merge.row_start + C::thread() / 32;
     while isa::agreed(row < merge.row_end) {
         // SAFETY: all parts are written: their CTAs have come to the counter before; a row is one warp's.
         unsafe { merging.row::<T, WIDE>(&merge, seq, row) };
-        row += DECODE_WARPS as u32;
+        row += C::WARPS;
     }
 }

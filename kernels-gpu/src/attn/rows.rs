@@ -5,7 +5,7 @@ use core::f32::consts::LOG2_E;
 use crate::abi::{AttentionParams, Divisor, KV_BLOCK, Sequence, TokenRows, WorkItem};
 use crate::attn::kv::PageList;
 use crate::isa;
-use crate::tile::{Half, SharedTile};
+use crate::tile::Half;
 
 /// Reads a plain struct, as far as it is used.
 ///
@@ -194,14 +194,15 @@ impl LaneRows<'_> {
     }
 }
 
-/// Brings the item's query rows to shared memory: at once or, with `ASYNC` and where they are not to be converted, by
-/// copies of the group that is committed next; zeros for rows up to `tile_rows` and channels that are not there.
+/// Brings the item's query rows to shared memory, a row's chunk of 8 channels to where `place` says: at once or, with
+/// `ASYNC` and where they are not to be converted, by copies of the group that is committed next; zeros for rows up to
+/// `tile_rows` and channels that are not there.
 #[inline(always)]
 pub(crate) fn copy_q<Io: Half, T: Half, const CHUNKS: u32, const ASYNC: bool>(
     p: &AttentionParams,
     seq: &Sequence,
     item: &WorkItem,
-    q: SharedTile<CHUNKS>,
+    place: impl Fn(u32, u32) -> u32,
     tile_rows: u32,
     threads: u32,
 ) {
@@ -219,11 +220,11 @@ pub(crate) fn copy_q<Io: Half, T: Half, const CHUNKS: u32, const ASYNC: bool>(
         // SAFETY: rows below the item's end are inside Q, as the host has checked; the tile is its own.
         unsafe {
             if ASYNC && Io::IS_BF16 == T::IS_BF16 {
-                isa::cp_async_16(q.at(row, chunk), from, if there { 16 } else { 0 });
+                isa::cp_async_16(place(row, chunk), from, if there { 16 } else { 0 });
             } else {
                 let words = if there { isa::ld_global_4(from) } else { [0; 4] };
                 let words = if Io::IS_BF16 == T::IS_BF16 { words } else { words.map(convert::<Io, T>) };
-                isa::st_shared_4(q.at(row, chunk), words);
+                isa::st_shared_4(place(row, chunk), words);
             }
         }
         index += threads;

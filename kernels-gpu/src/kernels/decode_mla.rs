@@ -9,7 +9,7 @@ use core::marker::PhantomData;
 
 use crate::abi::{DECODE_ROWS, DECODE_WARPS, DecodeParams, KV_BLOCK};
 use crate::attn::mask;
-use crate::attn::merge::merge_if_last;
+use crate::attn::merge::{WholeCta, merge_if_last};
 use crate::attn::output::{Accumulator, Output};
 use crate::attn::rows::{Place, copy_q, load_item};
 use crate::attn::shared_scores::SharedScores;
@@ -69,7 +69,8 @@ pub(super) unsafe fn body<T: Half, const SLOTS: u32>(params: &DecodeParams) {
     let mut index = first;
     while isa::agreed(index < range(&params.ranges, 1)) {
         let (item, seq) = load_item(p, index);
-        copy_q::<T, T, CHUNKS, false>(p, &seq, &item, q, DECODE_ROWS as u32, 32 * DECODE_WARPS as u32);
+        let at = |row, chunk| q.at(row, chunk);
+        copy_q::<T, T, CHUNKS, false>(p, &seq, &item, at, DECODE_ROWS as u32, 32 * DECODE_WARPS as u32);
         if isa::thread_x() == 0 {
             // SAFETY: the plan has room for it.
             unsafe { place.write(index, &item, &seq) };
@@ -147,6 +148,6 @@ pub(super) unsafe fn body<T: Half, const SLOTS: u32>(params: &DecodeParams) {
         index = place.index() + 1;
         // All have used Q and the place, and written their states.
         isa::bar_sync();
-        merge_if_last::<T, true>(p, &params.ranges, &item, &seq, base + Plan::<SLOTS>::LAST);
+        merge_if_last::<WholeCta, T, true>(p, &params.ranges, &item, &seq, base + Plan::<SLOTS>::LAST);
     }
 }

@@ -5,6 +5,7 @@ mod conformance;
 mod conformance_sm90;
 mod decode;
 mod decode_mla;
+mod decode_mla_sm90;
 mod layer;
 mod merge_partials;
 mod merge_states;
@@ -228,6 +229,8 @@ entries! {
     "sm_90a" "prefill_d256" prefill_sm90_f16_d256_extras(PrefillSm90Params, at) = prefill_sm90::body::<F16, true, 128, 64, 32, 32, 8, 4, 32>, prefill_sm90::Layout<128, 64, 32, 32>;
     "sm_90a" "prefill_d256" prefill_sm90_bf16_d256(PrefillSm90Params, at) = prefill_sm90::body::<BF16, false, 128, 64, 32, 32, 8, 4, 32>, prefill_sm90::Layout<128, 64, 32, 32>;
     "sm_90a" "prefill_d256" prefill_sm90_bf16_d256_extras(PrefillSm90Params, at) = prefill_sm90::body::<BF16, true, 128, 64, 32, 32, 8, 4, 32>, prefill_sm90::Layout<128, 64, 32, 32>;
+    "sm_90a" "decode_mla" decode_mla_sm90_f16(DecodeMlaSm90Params, at) = decode_mla_sm90::body::<F16>, decode_mla_sm90::Config;
+    "sm_90a" "decode_mla" decode_mla_sm90_bf16(DecodeMlaSm90Params, at) = decode_mla_sm90::body::<BF16>, decode_mla_sm90::Config;
     "sm_90a" "conformance" conformance_sm90(ConformanceSm90Params, at) = conformance_sm90::body, conformance_sm90::Config;
     "sm_90a" "conformance" conformance_sm90_cluster(ConformanceSm90Params, at) = conformance_sm90::cluster, conformance_sm90::Cluster;
     "sm_90a" "conformance" conformance_sm90_roles(ConformanceSm90Params, at) = conformance_sm90::roles, conformance_sm90::Roles;

@@ -61,7 +61,7 @@ pub(super) unsafe fn body<
     let (item, seq) = load_item(p, isa::block_x());
     let (warp, lane) = (isa::thread_x() / 32, isa::thread_x() % 32);
     let q = SharedTile::<CHUNKS>::new(isa::shared_base());
-    copy_q::<Io, T, CHUNKS, true>(p, &seq, &item, q, q_rows(CHUNKS), 32 * WARPS);
+    copy_q::<Io, T, CHUNKS, true>(p, &seq, &item, |r, c| q.at(r, c), q_rows(CHUNKS), 32 * WARPS);
     let ring_base = isa::shared_base() + SharedTile::<CHUNKS>::bytes(q_rows(CHUNKS));
     // SAFETY: the shared-memory plan gives the ring the rest; the host has checked the item's KV.
     let mut ring = unsafe { S::start(params, &seq, &item, ring_base) };

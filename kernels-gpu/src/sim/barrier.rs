@@ -87,9 +87,6 @@ pub(crate) fn bar_named(id: u32, threads: u32, wait: bool) {
         }
         let Named { waiting, arrived, .. } = std::mem::take(barrier);
         *c.stats.collectives.entry("bar.sync").or_default() += 1;
-        if threads == all {
-            c.ctas[rank].epoch += 1;
-        }
         c.pass(thread, &waiting, &arrived);
         false
     });
@@ -116,7 +113,6 @@ pub(crate) fn cluster_sync() {
             return true;
         }
         let waiting = std::mem::take(&mut c.at_cluster_barrier);
-        c.ctas.iter_mut().for_each(|cta| cta.epoch += 1);
         c.pass(thread, &waiting, &[]);
         false
     });

@@ -7,7 +7,7 @@ use std::vec::Vec;
 
 use super::clock::Stamp;
 use super::cluster::Cluster;
-use super::global::Mark;
+use super::global::Now;
 use super::lane::{self, with};
 use super::shared::{Actor, Flight};
 use super::tensor_map::{self, Piece};
@@ -28,7 +28,7 @@ struct Load {
     pieces: Vec<(u32, Source)>,
     thread: usize,
     line: &'static Location<'static>,
-    mark: Mark,
+    now: Now,
 }
 
 /// 16 bytes: there already, or to be read.
@@ -45,7 +45,7 @@ struct Store {
     /// Read early: shared memory as it was.
     data: Option<Vec<[u32; 4]>>,
     line: &'static Location<'static>,
-    mark: Mark,
+    now: Now,
 }
 
 /// A tensor map's box to the same place in each CTA of `ctas`, or in the lane's own.
@@ -158,7 +158,7 @@ impl Cluster<'_> {
         ctas: Option<u16>,
     ) {
         let own = self.rank(thread);
-        let mark = self.mark(thread);
+        let now = self.now(thread);
         let ranks: Vec<usize> = match ctas {
             None => Vec::from([own]),
             Some(mask) => (0..16).filter(|r| mask >> r & 1 == 1).collect(),
@@ -177,7 +177,7 @@ impl Cluster<'_> {
         for (shared, source) in sources {
             if let Source::Global(from) = source {
                 self.stats.global_copied += 16;
-                let read = self.global.read::<4>(from, mark, &[]);
+                let read = self.global.read::<4>(from, &now);
                 let read = self.check(thread, line, read);
                 data.push((shared, early.then_some(read), from));
             } else {
@@ -197,7 +197,7 @@ impl Cluster<'_> {
                 .iter()
                 .map(|&(at, data, from)| (at, data.map_or(Source::Global(from), Source::Data)))
                 .collect();
-            self.bulk.loads.push(Load { barrier, rank, pieces, thread, line, mark });
+            self.bulk.loads.push(Load { barrier, rank, pieces, thread, line, now: now.clone() });
         }
     }
 
@@ -205,7 +205,7 @@ impl Cluster<'_> {
         let group = self.bulk.groups.get(&thread).copied().unwrap_or(0) + 1;
         let stamp = Stamp { agent: self.agents.stores(thread / 32), time: group };
         let rank = self.rank(thread);
-        let mark = self.mark(thread);
+        let now = self.now(thread);
         let Cluster { ctas, lanes, fences, .. } = self;
         let who = Actor { stamp, clock: &lanes[thread].clock, lane: Some(thread as u16) };
         let shared = &mut ctas[rank].shared;
@@ -220,7 +220,7 @@ impl Cluster<'_> {
         self.check(thread, line, read);
         let early = self.rng.bits() & 1 == 0;
         let data = early.then_some(data);
-        self.bulk.stores.push(Store { thread, group, pieces, data, line, mark });
+        self.bulk.stores.push(Store { thread, group, pieces, data, line, now });
     }
 
     /// Reads a store's shared memory, if it has not been read.
@@ -238,7 +238,7 @@ impl Cluster<'_> {
         let store = self.bulk.stores.swap_remove(i);
         for ((to, _), data) in store.pieces.iter().zip(store.data.unwrap_or_default()) {
             self.stats.global_written += 16;
-            let written = self.global.write(*to, data, store.mark, &[]);
+            let written = self.global.write(*to, data, &store.now);
             self.check(store.thread, store.line, written);
         }
     }
@@ -254,14 +254,14 @@ impl Cluster<'_> {
             self.finish_store(which - loads);
             return true;
         }
-        let Load { barrier, rank, pieces, thread, line, mark } = self.bulk.loads.swap_remove(which);
+        let Load { barrier, rank, pieces, thread, line, now } = self.bulk.loads.swap_remove(which);
         let stamp = self.load_stamp(barrier.0, barrier.1);
         let bytes = 16 * pieces.len() as u32;
         for (at, source) in pieces {
             let data = match source {
                 Source::Data(data) => data,
                 Source::Global(from) => {
-                    let read = self.global.read::<4>(from, mark, &[]);
+                    let read = self.global.read::<4>(from, &now);
                     self.check(thread, line, read)
                 }
             };

@@ -5,6 +5,7 @@ use std::any::Any;
 use std::cell::RefCell;
 use std::format;
 use std::panic::{AssertUnwindSafe, Location, catch_unwind, resume_unwind};
+use std::rc::Rc;
 use std::string::{String, ToString};
 use std::vec::Vec;
 
@@ -58,12 +59,10 @@ pub(super) struct Cta {
     pub(super) block: [u32; 2],
     pub(super) shared: Shared,
     pub(super) barriers: Barriers,
-    /// Barriers of all its lanes that have passed.
-    pub(super) epoch: u32,
     /// Registers that no warpgroup has.
     pub(super) free_registers: u32,
     /// What its lanes have learnt of other CTAs.
-    pub(super) acquired: Vec<Acquired>,
+    pub(super) acquired: Rc<Vec<Acquired>>,
 }
 
 /// A running cluster. Lanes, numbered through its CTAs, reach it by a raw pointer, one at a time.
@@ -124,9 +123,8 @@ pub fn launch(memory: &Memory, launch: &Launch<'_>) -> Result<Stats, Fault> {
         block: [0; 2],
         shared: Shared::new(shared_bytes, agents),
         barriers: Barriers::default(),
-        epoch: 0,
         free_registers: 0,
-        acquired: Vec::new(),
+        acquired: Rc::default(),
     };
     let mut cluster = Cluster {
         launch,
@@ -174,8 +172,8 @@ impl Cluster<'_> {
         self.fences = (0..threads).map(|_| Vec::new()).collect();
         for cta in &mut self.ctas {
             cta.shared.reset();
-            cta.acquired.clear();
-            (cta.barriers, cta.epoch, cta.free_registers) = (Barriers::default(), 0, 0);
+            cta.acquired = Rc::default();
+            (cta.barriers, cta.free_registers) = (Barriers::default(), 0);
         }
         (self.bulk, self.mbarriers) = (Bulk::default(), 0);
         self.at_cluster_barrier.clear();

@@ -2,11 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::format;
+use std::rc::Rc;
 use std::string::String;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::vec::Vec;
 
 use memmap2::{MmapMut, MmapOptions};
+
+use super::clock::{Agent, Clock, Stamp};
 
 /// Before and after each allocation: a run over its end meets nothing.
 const GUARD: usize = 4096;
@@ -31,7 +34,7 @@ pub(super) struct Allocation {
     initialised: bool,
 }
 
-/// Launch, CTA, lane and barrier of the last write; 0: none.
+/// Launch, CTA, lane and the lane's time of the last write; 0: none.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) struct Mark(u64);
 
@@ -39,10 +42,10 @@ impl Mark {
     const ATOMIC: u64 = 1;
     const HOST: Mark = Mark(2);
 
-    pub(super) fn new(launch: u64, cta: u32, lane: u32, epoch: u32) -> Self {
+    pub(super) fn new(launch: u64, cta: u32, lane: u32, time: u32) -> Self {
         let launch = launch % 4095 + 1;
-        let (cta, lane, epoch) = (cta as u64 & 0xf_ffff, lane as u64 & 0x3ff, epoch as u64 & 0xf_ffff);
-        Mark(launch << 52 | cta << 32 | lane << 22 | epoch << 2)
+        let (cta, lane, time) = (cta as u64 & 0xf_ffff, lane as u64 & 0x3ff, time as u64 & 0xf_ffff);
+        Mark(launch << 52 | cta << 32 | lane << 22 | time << 2)
     }
 
     fn launch(self) -> u64 {
@@ -57,52 +60,89 @@ impl Mark {
         self.0 >> 22 & 0x3ff
     }
 
-    fn epoch(self) -> u64 {
-        self.0 >> 2 & 0xf_ffff
+    fn time(self) -> u32 {
+        (self.0 >> 2 & 0xf_ffff) as u32
     }
 
-    /// Before `now`, of a CTA that has learnt what `acquired` says of others.
-    fn before(self, now: Mark, acquired: &[Acquired]) -> bool {
-        if self.launch() != now.launch() {
-            return true;
-        }
-        if self.cta() == now.cta() {
-            return self.lane() == now.lane() || self.epoch() < now.epoch();
-        }
-        acquired.iter().any(|a| a.known_to(now) && a.cta == self.cta() && self.epoch() < a.epoch)
+    /// Whether a lane that knows `clock` knows the write, of lanes of the CTA that begin with agent `first`.
+    fn known(self, first: usize, clock: &Clock) -> bool {
+        clock.known((first + self.lane() as usize) as Agent) >= self.time()
     }
 }
 
-/// What a lane has learnt of another CTA by an atomic that acquires: all that this did before its barrier number `epoch`.
-/// Other lanes know it from their next barrier on.
-#[derive(Clone, Copy)]
-pub(super) struct Acquired {
+/// A lane that uses global memory, and what came before.
+#[derive(Clone)]
+pub(super) struct Now {
+    pub(super) mark: Mark,
+    /// The agent that its CTA's lanes begin with, its own, and what it knows.
+    pub(super) first: usize,
+    pub(super) agent: Agent,
+    pub(super) clock: Clock,
+    /// What its CTA has learnt of others.
+    pub(super) acquired: Rc<Vec<Acquired>>,
+}
+
+impl Now {
+    /// Whether a write came before.
+    fn knows(&self, mark: Mark) -> bool {
+        if mark.launch() != self.mark.launch() {
+            return true;
+        }
+        if mark.cta() == self.mark.cta() {
+            return mark.lane() == self.mark.lane() || mark.known(self.first, &self.clock);
+        }
+        let known = |a: &&Acquired| a.released.cta == mark.cta() && a.is_known_to(self);
+        self.acquired.iter().filter(known).any(|a| mark.known(a.released.first, &a.released.clock))
+    }
+}
+
+/// What a lane of a CTA knew when it released it.
+#[derive(Clone)]
+struct Released {
     cta: u64,
-    epoch: u64,
-    by: Mark,
+    first: usize,
+    agent: Agent,
+    time: u32,
+    clock: Clock,
+}
+
+/// What a lane of this CTA, at a time of its own, has learnt of another CTA by an atomic that acquires. Other lanes know it
+/// once they know what the lane did then.
+#[derive(Clone)]
+pub(super) struct Acquired {
+    released: Released,
+    by: Stamp,
 }
 
 impl Acquired {
-    fn known_to(&self, now: Mark) -> bool {
-        self.by.lane() == now.lane() || self.by.epoch() < now.epoch()
+    fn is_known_to(&self, now: &Now) -> bool {
+        self.by.before(&now.clock, Some(now.agent))
     }
 }
 
-/// What the atomics of a launch have released, by their address: CTAs and numbers of their barriers.
+/// What the atomics of a launch have released, by their address.
 #[derive(Default)]
-pub(super) struct Releases(BTreeMap<u64, Vec<(u64, u64)>>);
+pub(super) struct Releases(BTreeMap<u64, Vec<Released>>);
 
 impl Releases {
-    /// An atomic that acquires and releases: what others released there is learnt; what the CTA did before its last barrier
-    /// and what the lane knows of others is released.
-    pub(super) fn pass(&mut self, at: u64, now: Mark, acquired: &mut Vec<Acquired>) {
+    /// An atomic that acquires and releases: what others released there is learnt; what the lane knows, of its own CTA and of
+    /// others, is released. `clock` is what it knows with its own past. Gives what the CTA has learnt then.
+    pub(super) fn pass(&mut self, at: u64, now: &Now, clock: Clock) -> Vec<Acquired> {
         let released = self.0.entry(at).or_default();
-        acquired.extend(released.iter().map(|&(cta, epoch)| Acquired { cta, epoch, by: now }));
-        released.push((now.cta(), now.epoch()));
-        let known = acquired.iter().filter(|a| a.known_to(now)).map(|a| (a.cta, a.epoch));
-        released.extend(known);
-        released.sort_unstable();
-        released.dedup();
+        let mut acquired = (*now.acquired).clone();
+        let by = Stamp { agent: now.agent, time: now.mark.time() };
+        acquired.extend(released.iter().map(|r| Acquired { released: r.clone(), by }));
+        let own = Released { cta: now.mark.cta(), first: now.first, agent: now.agent, time: by.time, clock };
+        let known = acquired.iter().filter(|a| a.is_known_to(now)).map(|a| a.released.clone());
+        for new in known.chain([own]).collect::<Vec<_>>() {
+            // A lane knows later all that it knew before.
+            match released.iter_mut().find(|r| (r.cta, r.agent) == (new.cta, new.agent)) {
+                Some(before) if before.time >= new.time => {}
+                Some(before) => *before = new,
+                None => released.push(new),
+            }
+        }
+        acquired
     }
 }
 
@@ -130,21 +170,14 @@ impl Allocation {
         readers.iter_mut().map(|r| (std::mem::replace(r, launch) != launch) as u64).sum()
     }
 
-    fn read(
-        &mut self,
-        offset: usize,
-        bytes: usize,
-        now: Mark,
-        acquired: &[Acquired],
-        sectors: &mut u64,
-    ) -> Result<&[u8], String> {
-        *sectors += self.count_sectors(offset, bytes, now);
+    fn read(&mut self, offset: usize, bytes: usize, now: &Now, sectors: &mut u64) -> Result<&[u8], String> {
+        *sectors += self.count_sectors(offset, bytes, now.mark);
         let initialised = self.initialised;
         for mark in self.marks(offset, bytes) {
             if mark.0 == 0 && !initialised {
                 return Err("read of unwritten global memory".into());
             }
-            if !mark.before(now, acquired) {
+            if !now.knows(*mark) {
                 return Err(format!(
                     "race: read of global memory that thread {} of CTA {} wrote in this launch with no barrier since",
                     mark.lane(),
@@ -155,23 +188,16 @@ impl Allocation {
         Ok(&self.data[GUARD + offset..][..bytes])
     }
 
-    fn write(
-        &mut self,
-        offset: usize,
-        from: &[u8],
-        now: Mark,
-        atomic: bool,
-        acquired: &[Acquired],
-    ) -> Result<(), String> {
+    fn write(&mut self, offset: usize, from: &[u8], now: &Now, atomic: bool) -> Result<(), String> {
         for mark in self.marks(offset, from.len()) {
-            if !(mark.before(now, acquired) || atomic && mark.0 & Mark::ATOMIC == 1) {
+            if !(now.knows(*mark) || atomic && mark.0 & Mark::ATOMIC == 1) {
                 return Err(format!(
                     "race: write to global memory that thread {} of CTA {} wrote in this launch with no barrier since",
                     mark.lane(),
                     mark.cta()
                 ));
             }
-            *mark = Mark(now.0 | atomic as u64);
+            *mark = Mark(now.mark.0 | atomic as u64);
         }
         self.data[GUARD + offset..][..from.len()].copy_from_slice(from);
         Ok(())
@@ -209,14 +235,9 @@ impl Global<'_> {
         }
     }
 
-    pub(super) fn read<const N: usize>(
-        &mut self,
-        at: u64,
-        now: Mark,
-        acquired: &[Acquired],
-    ) -> Result<[u32; N], String> {
+    pub(super) fn read<const N: usize>(&mut self, at: u64, now: &Now) -> Result<[u32; N], String> {
         let (allocation, offset, sectors) = self.locate(at, 4 * N)?;
-        let bytes = allocation.read(offset, 4 * N, now, acquired, sectors)?;
+        let bytes = allocation.read(offset, 4 * N, now, sectors)?;
         let mut words = [0; N];
         for (word, bytes) in words.iter_mut().zip(bytes.chunks_exact(4)) {
             *word = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
@@ -224,37 +245,31 @@ impl Global<'_> {
         Ok(words)
     }
 
-    pub(super) fn write<const N: usize>(
-        &mut self,
-        at: u64,
-        x: [u32; N],
-        now: Mark,
-        acquired: &[Acquired],
-    ) -> Result<(), String> {
+    pub(super) fn write<const N: usize>(&mut self, at: u64, x: [u32; N], now: &Now) -> Result<(), String> {
         let (allocation, offset, _) = self.locate(at, 4 * N)?;
         let mut bytes = [0u8; 16];
         for (to, word) in bytes.chunks_exact_mut(4).zip(x) {
             to.copy_from_slice(&word.to_le_bytes());
         }
-        allocation.write(offset, &bytes[..4 * N], now, false, acquired)
+        allocation.write(offset, &bytes[..4 * N], now, false)
     }
 
-    pub(super) fn read_u16(&mut self, at: u64, now: Mark) -> Result<u32, String> {
+    pub(super) fn read_u16(&mut self, at: u64, now: &Now) -> Result<u32, String> {
         let (allocation, offset, sectors) = self.locate(at, 2)?;
-        let bytes = allocation.read(offset, 2, now, &[], sectors)?;
+        let bytes = allocation.read(offset, 2, now, sectors)?;
         Ok(u16::from_le_bytes([bytes[0], bytes[1]]) as u32)
     }
 
-    pub(super) fn write_u16(&mut self, at: u64, x: u32, now: Mark) -> Result<(), String> {
+    pub(super) fn write_u16(&mut self, at: u64, x: u32, now: &Now) -> Result<(), String> {
         let (allocation, offset, _) = self.locate(at, 2)?;
-        allocation.write(offset, &(x as u16).to_le_bytes(), now, false, &[])
+        allocation.write(offset, &(x as u16).to_le_bytes(), now, false)
     }
 
-    pub(super) fn atomic(&mut self, at: u64, f: impl FnOnce(u32) -> u32, now: Mark) -> Result<u32, String> {
+    pub(super) fn atomic(&mut self, at: u64, f: impl FnOnce(u32) -> u32, now: &Now) -> Result<u32, String> {
         let (allocation, offset, _) = self.locate(at, 4)?;
         let bytes = &allocation.data_mut()[offset..][..4];
         let old = u32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
-        allocation.write(offset, &f(old).to_le_bytes(), now, true, &[])?;
+        allocation.write(offset, &f(old).to_le_bytes(), now, true)?;
         Ok(old)
     }
 }

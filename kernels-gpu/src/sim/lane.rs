@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::format;
 use std::panic::Location;
 use std::ptr;
+use std::rc::Rc;
 use std::string::String;
 use std::vec::Vec;
 
@@ -12,7 +13,7 @@ use corosensei::Yielder;
 
 use super::clock::{Clock, Stamp};
 use super::cluster::Cluster;
-use super::global::Mark;
+use super::global::{Mark, Now};
 use super::shared::{Actor, Flight};
 use super::warp::Exchange;
 
@@ -128,11 +129,19 @@ impl Cluster<'_> {
         Stamp { agent: thread as u16, time: self.lanes[thread].time }
     }
 
-    pub(super) fn mark(&self, thread: usize) -> Mark {
-        let rank = self.rank(thread);
+    /// The lane, as it comes to global memory.
+    pub(super) fn now(&self, thread: usize) -> Now {
+        let (rank, lane) = (self.rank(thread), &self.lanes[thread]);
         let cta = &self.ctas[rank];
         let index = cta.block[1] * self.launch.grid[0] + cta.block[0];
-        Mark::new(self.launch.number, index, thread as u32 % self.launch.kernel.threads, cta.epoch)
+        let threads = self.launch.kernel.threads;
+        Now {
+            mark: Mark::new(self.launch.number, index, thread as u32 % threads, lane.time),
+            first: rank * threads as usize,
+            agent: thread as u16,
+            clock: lane.clock.clone(),
+            acquired: cta.acquired.clone(),
+        }
     }
 
     pub(super) fn check<T>(
@@ -256,8 +265,8 @@ pub(crate) fn warp_sync() {
 }
 
 /// `N` words from global memory, first in an array of four.
-fn read_words<const N: usize>(c: &mut Cluster<'_>, from: u64, mark: Mark) -> Result<[u32; 4], String> {
-    let read = c.global.read::<N>(from, mark, &[])?;
+fn read_words<const N: usize>(c: &mut Cluster<'_>, from: u64, now: &Now) -> Result<[u32; 4], String> {
+    let read = c.global.read::<N>(from, now)?;
     let mut words = [0; 4];
     words[..N].copy_from_slice(&read);
     Ok(words)
@@ -267,7 +276,7 @@ fn read_words<const N: usize>(c: &mut Cluster<'_>, from: u64, mark: Mark) -> Res
 pub(crate) fn cp_async<const N: usize>(to: u32, from: u64, bytes: u32) {
     let line = Location::caller();
     with(|c, thread| {
-        let mark = c.mark(thread);
+        let now = c.now(thread);
         let flight = Flight::Copy(thread as u16);
         c.access(thread, line, to, 4 * N as u32, |shared, at, who| shared.depart(at, N, who, flight));
         // Drawn: the data is there at once, or only when it is waited for.
@@ -275,7 +284,7 @@ pub(crate) fn cp_async<const N: usize>(to: u32, from: u64, bytes: u32) {
             Ok([0; 4])
         } else {
             c.stats.global_copied += 4 * N as u64;
-            let data = read_words::<N>(c, from, mark);
+            let data = read_words::<N>(c, from, &now);
             let data = c.check(thread, line, data);
             if c.rng.bits() & 1 == 0 { Ok(data) } else { Err(from) }
         };
@@ -300,14 +309,14 @@ pub(crate) fn cp_async_wait(pending: usize) {
     with(|c, thread| {
         while c.lanes[thread].groups.len() > pending {
             let group = c.lanes[thread].groups.pop_front().unwrap_or_default();
-            let (stamp, mark, rank) = (c.stamp(thread), c.mark(thread), c.rank(thread));
+            let (stamp, now, rank) = (c.stamp(thread), c.now(thread), c.rank(thread));
             for copy in group {
                 let data = match copy.data {
                     Ok(data) => data,
                     Err(from) => {
                         let data = match copy.words {
-                            1 => read_words::<1>(c, from, mark),
-                            _ => read_words::<4>(c, from, mark),
+                            1 => read_words::<1>(c, from, &now),
+                            _ => read_words::<4>(c, from, &now),
                         };
                         c.check(thread, line, data)
                     }
@@ -366,9 +375,8 @@ pub(crate) fn read_global<const N: usize>(at: u64) -> [u32; N] {
     let line = Location::caller();
     with(|c, thread| {
         c.stats.global_read += 4 * N as u64;
-        let mark = c.mark(thread);
-        let rank = c.rank(thread);
-        let read = c.global.read(at, mark, &c.ctas[rank].acquired);
+        let now = c.now(thread);
+        let read = c.global.read(at, &now);
         c.check(thread, line, read)
     })
 }
@@ -378,9 +386,8 @@ pub(crate) fn write_global<const N: usize>(at: u64, x: [u32; N]) {
     let line = Location::caller();
     with(|c, thread| {
         c.stats.global_written += 4 * N as u64;
-        let mark = c.mark(thread);
-        let rank = c.rank(thread);
-        let written = c.global.write(at, x, mark, &c.ctas[rank].acquired);
+        let now = c.now(thread);
+        let written = c.global.write(at, x, &now);
         c.check(thread, line, written);
     });
 }
@@ -390,8 +397,8 @@ pub(crate) fn read_global_u16(at: u64) -> u32 {
     let line = Location::caller();
     with(|c, thread| {
         c.stats.global_read += 2;
-        let mark = c.mark(thread);
-        let read = c.global.read_u16(at, mark);
+        let now = c.now(thread);
+        let read = c.global.read_u16(at, &now);
         c.check(thread, line, read)
     })
 }
@@ -401,8 +408,8 @@ pub(crate) fn write_global_u16(at: u64, x: u32) {
     let line = Location::caller();
     with(|c, thread| {
         c.stats.global_written += 2;
-        let mark = c.mark(thread);
-        let written = c.global.write_u16(at, x, mark);
+        let now = c.now(thread);
+        let written = c.global.write_u16(at, x, &now);
         c.check(thread, line, written);
     });
 }
@@ -412,8 +419,8 @@ pub(crate) fn write_global_u16(at: u64, x: u32) {
 pub(crate) fn atom_global(at: u64, f: impl FnOnce(u32) -> u32) -> u32 {
     let line = Location::caller();
     with(|c, thread| {
-        let mark = c.mark(thread);
-        let old = c.global.atomic(at, f, mark);
+        let now = c.now(thread);
+        let old = c.global.atomic(at, f, &now);
         c.check(thread, line, old)
     })
 }
@@ -422,8 +429,9 @@ pub(crate) fn atom_global(at: u64, f: impl FnOnce(u32) -> u32) -> u32 {
 #[track_caller]
 pub(crate) fn atom_global_acq_rel(at: u64, f: impl FnOnce(u32) -> u32) -> u32 {
     with(|c, thread| {
-        let (mark, rank) = (c.mark(thread), c.rank(thread));
-        c.releases.pass(at, mark, &mut c.ctas[rank].acquired);
+        let (now, rank) = (c.now(thread), c.rank(thread));
+        let clock = c.release(thread);
+        c.ctas[rank].acquired = Rc::new(c.releases.pass(at, &now, clock));
     });
     atom_global(at, f)
 }

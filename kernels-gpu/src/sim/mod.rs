@@ -18,9 +18,8 @@
 //! stand between, with barriers on both sides.
 //!
 //! What it does not see: a write to global memory that another lane has read before without a barrier between (of
-//! shared memory it does); global memory passed between lanes under an mbarrier or named barrier (a fault, though a GPU
-//! allows it); reads by lanes that bulk loads overwrite need an order but no proxy fence, as in practice; CTAs of
-//! different clusters that wait for each other, which here would wait for ever: a deadlock; grids that depend on each
+//! shared memory it does); reads by lanes that bulk loads overwrite need an order but no proxy fence, as in practice; CTAs
+//! of different clusters that wait for each other, which here would wait for ever: a deadlock; grids that depend on each
 //! other run one after the other.
 
 mod barrier;

@@ -25,6 +25,12 @@ pub trait Half: Copy + 'static {
     /// See [`isa::wgmma`].
     #[track_caller]
     unsafe fn wgmma<const T: usize>(d: &mut [[f32; 4]; T], a: u64, b: u64);
+    /// `D += A B` with A along k and B along n in shared memory.
+    ///
+    /// # Safety
+    /// See [`isa::wgmma`].
+    #[track_caller]
+    unsafe fn wgmma_along_n<const T: usize>(d: &mut [[f32; 4]; T], a: u64, b: u64);
     /// `D += A B` with A in registers and B along n in shared memory.
     ///
     /// # Safety
@@ -71,6 +77,12 @@ impl Half for F16 {
     }
     #[inline(always)]
     #[track_caller]
+    unsafe fn wgmma_along_n<const T: usize>(d: &mut [[f32; 4]; T], a: u64, b: u64) {
+        // SAFETY: the caller's promise.
+        unsafe { isa::wgmma::<T, false, 0, 1>(d, a, b) }
+    }
+    #[inline(always)]
+    #[track_caller]
     unsafe fn wgmma_registers<const T: usize>(d: &mut [[f32; 4]; T], a: [u32; 4], b: u64) {
         // SAFETY: the caller's promise.
         unsafe { isa::wgmma_registers::<T, false, 1>(d, a, b) }
@@ -104,6 +116,12 @@ impl Half for BF16 {
     unsafe fn wgmma<const T: usize>(d: &mut [[f32; 4]; T], a: u64, b: u64) {
         // SAFETY: the caller's promise.
         unsafe { isa::wgmma::<T, true, 0, 0>(d, a, b) }
+    }
+    #[inline(always)]
+    #[track_caller]
+    unsafe fn wgmma_along_n<const T: usize>(d: &mut [[f32; 4]; T], a: u64, b: u64) {
+        // SAFETY: the caller's promise.
+        unsafe { isa::wgmma::<T, true, 0, 1>(d, a, b) }
     }
     #[inline(always)]
     #[track_caller]

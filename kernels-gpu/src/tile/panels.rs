@@ -106,7 +106,29 @@ impl<const TILES: usize> Pending<TILES> {
         Pending(d)
     }
 
-    /// `d + A B` with A in registers, 16 columns to an entry; a group of its own.
+    /// Adds the product of further channels to [`Pending::a_bt`]'s, which may be on its way; a group of its own.
+    ///
+    /// # Safety
+    /// As [`Pending::a_bt`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn and_a_bt<T: Half, const M: u32, const N: u32, const CHUNKS: u32>(
+        mut self,
+        a: Panels<M, CHUNKS>,
+        row: u32,
+        b: Panels<N, CHUNKS>,
+    ) -> Self {
+        const { assert!(8 * TILES as u32 == N) };
+        let row = isa::opaque(row);
+        for step in 0..CHUNKS / 2 {
+            // SAFETY: the caller's promise.
+            unsafe { T::wgmma(&mut self.0, a.along_k(row, step), b.along_k(0, step)) };
+        }
+        isa::wgmma_commit();
+        self
+    }
+
+    /// `d + A B` with A in registers, 16 columns to an entry, and of B its first `8 TILES` columns; a group of its own.
     ///
     /// # Safety
     /// As [`Pending::a_bt`].
@@ -117,11 +139,32 @@ impl<const TILES: usize> Pending<TILES> {
         a: &[[u32; 4]; STEPS],
         b: Panels<N, CHUNKS>,
     ) -> Self {
-        const { assert!(TILES as u32 == CHUNKS && 16 * STEPS as u32 == N) };
+        const { assert!(TILES as u32 <= CHUNKS && 16 * STEPS as u32 == N) };
         isa::wgmma_fence();
         for step in 0..STEPS {
             // SAFETY: the caller's promise.
             unsafe { T::wgmma_registers(&mut d, a[step], b.along_n(step as u32)) };
+        }
+        isa::wgmma_commit();
+        Pending(d)
+    }
+
+    /// `d + A B` with A, 64 rows, in shared memory, and of B its first `8 TILES` columns; a group of its own.
+    ///
+    /// # Safety
+    /// As [`Pending::a_bt`].
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn plus_shared_a_b<T: Half, const N: u32, const A_CHUNKS: u32, const CHUNKS: u32>(
+        mut d: [[f32; 4]; TILES],
+        a: Panels<64, A_CHUNKS>,
+        b: Panels<N, CHUNKS>,
+    ) -> Self {
+        const { assert!(TILES as u32 <= CHUNKS && 8 * A_CHUNKS == N) };
+        isa::wgmma_fence();
+        for step in 0..N / 16 {
+            // SAFETY: the caller's promise.
+            unsafe { T::wgmma_along_n(&mut d, a.along_k(0, step), b.along_n(step)) };
         }
         isa::wgmma_commit();
         Pending(d)

@@ -27,7 +27,7 @@ use crate::error::{Error, Result};
 use crate::op::append_kv::AppendPlan;
 use crate::plan::{Batch, Plan, Schedule, Splits};
 use crate::spec::AttentionSpec;
-use ferroflash_kernels::abi::partial_stride;
+use ferroflash_kernels::abi::{DECODE_ROWS, partial_stride};
 pub use simd::SimdLevel;
 
 /// Packed query rows of one work item: enough that loading a KV block is small beside computing on
@@ -122,7 +122,14 @@ impl Backend for Cpu {
     }
 
     fn schedule(&self, _: &AttentionSpec, _: &Batch<'_>, _: Splits) -> Schedule {
-        Schedule { row_tile: ROW_TILE, workers: self.workers(), cascade: Some(1), ..Schedule::default() }
+        Schedule {
+            row_tile: ROW_TILE,
+            workers: self.workers(),
+            // Limits are the GPU's.
+            range_rows: DECODE_ROWS,
+            cascade: Some(1),
+            ..Schedule::default()
+        }
     }
 
     fn synchronize(&self) -> Result<()> {

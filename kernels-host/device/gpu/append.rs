@@ -95,12 +95,9 @@ fn int4_work(plan: &AppendPlan, slots: &[u64]) -> (Vec<Int4Group>, Vec<Int4TailT
 /// Where a side of quantised pages is, for kernels, which ask for rows at multiples of 16 bytes.
 pub(super) fn quant_rows(op: &'static str, pages: &QuantPages<View<'_>>) -> Result<QuantRows> {
     for (what, view) in pages.parts() {
-        let by_head = matches!((what, pages), ("scales", QuantPages::Fp8 { .. }));
-        match what {
-            _ if by_head => {}
-            // Rows along the last dimension but one, or the last.
-            "scales" => aligned(op, what, &view.narrow(2, 0, view.shape()[2].min(1))?, 16)?,
-            _ => aligned(op, what, view, 16)?,
+        // fp8's scales, one a head, are read one by one.
+        if !matches!((what, pages), ("scales", QuantPages::Fp8 { .. })) {
+            aligned(op, what, view, 16)?;
         }
     }
     let (codes, params, tail, format) = match pages {

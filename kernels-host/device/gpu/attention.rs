@@ -1,8 +1,9 @@
 //! Attention on a GPU: where a plan lies in device memory, and its launches.
 
 use ferroflash_kernels::abi::{
-    AttentionParams, AttentionQuantParams, DecodeParams, DecodeQuantParams, Divisor, MergeItem,
-    MergePartialsParams, PageMassParams, PageRows, ROWS_PER_CTA, RangeParams, Sequence, TokenRows, WorkItem,
+    AttentionParams, AttentionQuantParams, DecodeMlaSm90Params, DecodeParams, DecodeQuantParams, Divisor,
+    KV_BLOCK, MergeItem, MergePartialsParams, PageMassParams, PageRows, ROWS_PER_CTA, RangeParams, Sequence,
+    TokenRows, WorkItem, box_rows,
 };
 
 use super::append::quant_rows;
@@ -41,6 +42,7 @@ const DECODE: Family = family!("decode");
 /// By the shared memory that they need.
 const DECODE_MLA: [[&str; 2]; 2] =
     [["decode_mla_f16", "decode_mla_f16_large"], ["decode_mla_bf16", "decode_mla_bf16_large"]];
+const DECODE_MLA_SM90: [&str; 2] = ["decode_mla_sm90_f16", "decode_mla_sm90_bf16"];
 const PREFILL_QUANTIZED: Family = family!("prefill_quantized");
 /// By type and head_dim: other sizes than [`HEAD_DIMS`].
 const DECODE_QUANTIZED: [[(usize, &str); 3]; 2] = [
@@ -165,9 +167,9 @@ fn range_items(plan: &Plan) -> usize {
 
 impl Gpu {
     /// Decode CTAs that are on a multiprocessor together: those that stay should all be there at once.
-    pub(super) fn decode_ctas(&self, spec: &AttentionSpec) -> usize {
+    pub(super) fn decode_ctas(&self, spec: &AttentionSpec, wide: bool) -> usize {
         // Those of both types are alike.
-        let entry = self.decode_entry(spec, DType::BF16);
+        let entry = if wide { DECODE_MLA_SM90[1] } else { self.decode_entry(spec, DType::BF16) };
         self.driver.resident_ctas(entry).clamp(1, CTAS_PER_PROCESSOR)
     }
 
@@ -244,6 +246,16 @@ impl Gpu {
                 quant.attention.items += further;
                 let prefill = entry(&PREFILL_QUANTIZED, dtype, spec.head_dim);
                 self.launch(prefill, [others, 1], words(&quant))?;
+            }
+            Kv::Ragged { k, .. } | Kv::Paged { k, .. } if spec.is_latent() && plan.hopper => {
+                let params = DecodeMlaSm90Params {
+                    map: self.kv_map(&kv, k, (spec.head_dim, 64), box_rows(KV_BLOCK, plan.page_size))?,
+                    attention: params,
+                    ranges,
+                    box_rows: box_rows(KV_BLOCK, plan.page_size).unwrap_or(0) as u32,
+                    reserved: 0,
+                };
+                self.launch(DECODE_MLA_SM90[(dtype == DType::BF16) as usize], ctas, words(&params))?;
             }
             _ => {
                 let decode = DecodeParams { attention: params, ranges };

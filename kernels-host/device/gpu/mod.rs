@@ -7,9 +7,9 @@ mod cuda;
 #[cfg(feature = "cuda")]
 mod cuda_library;
 mod driver;
+mod hopper;
 mod layer;
 mod params;
-mod prefill_sm90;
 #[cfg(feature = "cuda")]
 mod ptx;
 mod select;
@@ -27,7 +27,9 @@ pub(crate) use driver::{DeviceMemory, Driver};
 #[cfg(feature = "sim")]
 pub(crate) use sim::SimDriver;
 
-use ferroflash_kernels::abi::{ConformanceParams, DECODE_ROWS, PrefillTile, TensorMapSpec, prefill_rows};
+use ferroflash_kernels::abi::{
+    ConformanceParams, DECODE_MLA_SM90_ROWS, DECODE_ROWS, PrefillTile, TensorMapSpec, prefill_rows,
+};
 
 use super::backend::*;
 use super::{DeviceId, Storage};
@@ -66,31 +68,37 @@ impl Backend for Gpu {
 
     fn schedule(&self, spec: &AttentionSpec, batch: &Batch<'_>, splits: Splits) -> Schedule {
         let processors = self.driver.processors();
+        let wide = self.decode_mla_is_wide(spec, splits);
+        let range_rows = if wide { DECODE_MLA_SM90_ROWS } else { DECODE_ROWS };
         let ranges = match splits {
             // Rows of many and of few must have the same bits: those of quantised KV are the prefill kernel's.
             Splits::Fixed(_) if spec.quantized_kv => 0,
-            _ => processors * self.decode_ctas(spec),
+            _ => processors * self.decode_ctas(spec, wide),
         };
-        let cascade = Some(self.driver.bytes_of_launches());
+        let common = Schedule {
+            ranges,
+            range_rows,
+            cascade: Some(self.driver.bytes_of_launches()),
+            ..Schedule::default()
+        };
+        if spec.is_latent() {
+            // All rows are its decode kernel's.
+            return Schedule { row_tile: range_rows, workers: processors, hopper: wide, ..common };
+        }
         if let Some((hopper, rows)) = self.driver.hopper().zip(self.prefill_sm90_rows(spec, batch, splits)) {
             return Schedule {
                 row_tile: rows,
                 workers: processors,
-                ranges,
-                cascade,
-                scratch: false,
                 hopper: true,
                 cache_bytes: hopper.l2_bytes,
+                ..common
             };
         }
         Schedule {
-            // Latent attention has one kernel, for few rows.
-            row_tile: if spec.is_latent() { DECODE_ROWS } else { prefill_rows(spec.head_dim) },
+            row_tile: prefill_rows(spec.head_dim),
             workers: CTAS_PER_PROCESSOR * processors,
-            ranges,
-            cascade,
             scratch: true,
-            ..Schedule::default()
+            ..common
         }
     }
 

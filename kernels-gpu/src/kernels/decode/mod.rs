@@ -18,7 +18,7 @@ pub(super) use half_kv::HalfKv;
 
 use crate::abi::{AttentionParams, DECODE_ROWS, DECODE_WARPS, KV_BLOCK, RangeParams, Sequence, WorkItem};
 use crate::attn::mask;
-use crate::attn::merge::merge_if_last;
+use crate::attn::merge::{WholeCta, merge_if_last};
 use crate::attn::output::{Accumulator, Output};
 use crate::attn::rows::{Place, copy_q, load_item};
 use crate::attn::softmax::{self, Logits, Scores, State, rescale};
@@ -125,7 +125,8 @@ pub(super) unsafe fn body<
     while isa::agreed(index < range(ranges, 1)) {
         let (item, seq) = load_item(p, index);
         kv.begin(&item, &seq);
-        copy_q::<Io, K::Product, CHUNKS, false>(p, &seq, &item, q, DECODE_ROWS as u32, 32 * WARPS);
+        let at = |row, chunk| q.at(row, chunk);
+        copy_q::<Io, K::Product, CHUNKS, false>(p, &seq, &item, at, DECODE_ROWS as u32, 32 * WARPS);
         if isa::thread_x() == 0 {
             // SAFETY: the plan has room for both.
             unsafe {
@@ -188,7 +189,7 @@ pub(super) unsafe fn body<
         turn = unsafe { isa::ld_shared_1(turn_at) }[0] + units_of(&item).count();
         // All have used Q and the place, and written their states.
         isa::bar_sync();
-        merge_if_last::<Io, false>(p, ranges, &item, &seq, base + Plan::<CHUNKS, TILES>::LAST);
+        merge_if_last::<WholeCta, Io, false>(p, ranges, &item, &seq, base + Plan::<CHUNKS, TILES>::LAST);
     }
 }
 

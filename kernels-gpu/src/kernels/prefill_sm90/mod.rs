@@ -19,7 +19,7 @@ mod consumer;
 mod layout;
 mod producer;
 
-use crate::abi::{PREFILL_SM90_REGISTERS as REGISTERS, PrefillSm90Params};
+use crate::abi::{PrefillSm90Params, SM90_REGISTERS as REGISTERS};
 use crate::isa;
 use crate::tile::Half;
 

@@ -1,12 +1,11 @@
 //! The producer: takes items, and brings their Q, K and V to shared memory ahead of the consumers.
 
+use super::PRODUCER_BARRIER;
 use super::layout::{ITEMS, Layout, STAGES};
-use super::{PRODUCER_BARRIER, WARPGROUP};
-use crate::abi::{PageRows, PrefillSm90Params, TensorMap};
-use crate::attn::kv::{KvRows, PageList};
+use crate::abi::{PrefillSm90Params, Sequence, TensorMap, WorkItem};
 use crate::attn::rows::{Place, load_item};
 use crate::isa;
-use crate::sched::{Cursor, Full, Stages, Walk};
+use crate::sched::{Columns, Cursor, Full, ItemKv, KvTiles, Stages, Walk};
 use crate::tile::Panels;
 
 /// All lanes of the producer.
@@ -20,7 +19,7 @@ pub(super) fn run<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS:
     let [q_map, k_map, v_map] = [0, 1, 2].map(|i| maps + i * size_of::<TensorMap>() as u64);
     let mut item_at = Cursor::<ITEMS>::START;
     let mut block_at = Cursor::<STAGES>::START;
-    let mut late = Late { barrier: 0 };
+    let mut tiles = KvTiles::new(&p.attention, PRODUCER_BARRIER);
     while let Some(item) = next_item(p, shared, item_at) {
         let source = Source { p, shared, slot: item.slot() };
         if isa::thread_x() == 0 {
@@ -35,13 +34,15 @@ pub(super) fn run<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS:
         loop {
             if step > 0 {
                 let tile = shared.k(block_at.slot());
-                let rows = (&p.attention.k, p.attention.head_dim);
-                source.load((k, block_at), k_map, rows, tile, step - 1, &mut late);
+                let (rows, channels) = (&p.attention.k, p.attention.head_dim);
+                let columns = Columns { rows, map: k_map, first: 0, channels };
+                source.load((k, block_at), columns, tile, step - 1, &mut tiles);
             }
             if step < steps {
                 let v_at = block_at.previous();
-                let rows = (&p.attention.v, p.attention.v_head_dim);
-                source.load((v, v_at), v_map, rows, shared.v(v_at.slot()), step, &mut late);
+                let (rows, channels) = (&p.attention.v, p.attention.v_head_dim);
+                let columns = Columns { rows, map: v_map, first: 0, channels };
+                source.load((v, v_at), columns, shared.v(v_at.slot()), step, &mut tiles);
             }
             if step == 0 {
                 break;
@@ -49,7 +50,7 @@ pub(super) fn run<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS:
             step -= 1;
             block_at.advance();
         }
-        late.flush();
+        tiles.flush();
         shared.items().release(item);
         item_at.advance();
     }
@@ -119,101 +120,34 @@ impl<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS: u32> Source<
         }
     }
 
-    /// Sets out with K or V of a step's block. Blocks that the item's end cuts are gathered row by row, with zeros past the
-    /// end: what stands there in memory may be anything, and 0 times it NaN.
-    ///
-    /// Boxes are the first warp's; the others go on. Before they gather, all of them meet: who waits for a slot must be
-    /// neither ahead nor behind by a round, whose parities are the same.
+    /// Sets out with K or V of a step's block.
     #[inline(always)]
     fn load<const C: u32>(
         &self,
-        (stages, cursor): (Stages<STAGES>, Cursor<STAGES>),
-        map: u64,
-        (rows, channels): (&PageRows, u32),
+        stages: (Stages<STAGES>, Cursor<STAGES>),
+        columns: Columns<'_>,
         tile: Panels<N, C>,
         step: u32,
-        late: &mut Late,
+        tiles: &mut KvTiles<'_>,
     ) {
-        let a = &self.p.attention;
-        let full = stages.full(cursor.slot());
         // SAFETY: the item's slot is full.
         let (walk, [kv_start, kv_end, _]) = unsafe { self.shared.walk(self.slot) };
         let at = kv_start + N * walk.block(step);
-        if self.p.box_rows == 0 || at + N > kv_end {
-            isa::bar_sync_named(PRODUCER_BARRIER, WARPGROUP);
-            stages.wait_empty(cursor);
-            let (item, seq) = Place::new(a, self.shared.place(self.slot)).item();
-            let pages = PageList::new(a.pages, a.page_size, &item);
-            // SAFETY: the tile is empty; the rows are the item's.
-            unsafe { KvRows::new(rows, &seq, &item).gather(&pages, tile, (at, kv_end), channels) };
-            isa::cp_async_commit();
-            return late.then(full);
-        }
-        late.flush();
-        if isa::thread_x() >= 32 {
-            return;
-        }
-        stages.wait_empty(cursor);
-        if isa::thread_x() == 0 {
-            // SAFETY: initialised.
-            unsafe { isa::mbarrier_arrive_expect_tx(full, Panels::<N, C>::BYTES) };
-        }
-        isa::warp_sync();
+        tiles.load(self, (at, kv_end), columns, self.p.box_rows, stages, tile);
+    }
+}
+
+impl<const M: u32, const N: u32, const CHUNKS: u32, const V_CHUNKS: u32> ItemKv
+    for Source<'_, M, N, CHUNKS, V_CHUNKS>
+{
+    #[inline(always)]
+    fn item(&self) -> (WorkItem, Sequence) {
+        Place::new(&self.p.attention, self.shared.place(self.slot)).item()
+    }
+
+    #[inline(always)]
+    fn boxes(&self) -> (u32, u32, u64) {
         // SAFETY: the item's slot is full.
-        let (kv_head, start, first_page) = unsafe { self.shared.boxes(self.slot) };
-        let pages = PageList::from_entry(a.pages, a.page_size, first_page);
-        // A lane a box. Opaque: computed here and not kept.
-        let mut index = isa::opaque(isa::thread_x());
-        loop {
-            let box_rows = isa::opaque(self.p.box_rows);
-            let (row, panel) = (index / Panels::<N, C>::COUNT * box_rows, index % Panels::<N, C>::COUNT);
-            if row >= N {
-                return;
-            }
-            // SAFETY: the token is below the item's end.
-            let (page, offset) = unsafe { pages.locate(at + row) };
-            let channel = (panel * Panels::<N, C>::WIDTH * 8) as i32;
-            let box_at = [channel, (start + offset) as i32, kv_head as i32, page as i32];
-            // SAFETY: the tile is empty; the host has described the tensor with boxes of `box_rows` tokens.
-            unsafe { isa::tma_load(tile.row(panel, row), map, box_at, full, isa::Keep::LAST_OUT) };
-            index += 32;
-        }
-    }
-}
-
-/// A gathered tile that is told to be full later, when the next one has set out: two are on their way.
-struct Late {
-    /// Its full barrier; 0: none.
-    barrier: u32,
-}
-
-impl Late {
-    /// A tile has set out as the lane's newest group.
-    #[inline(always)]
-    fn then(&mut self, full: u32) {
-        if self.barrier != 0 {
-            isa::cp_async_wait::<1>();
-            self.tell();
-        }
-        self.barrier = full;
-    }
-
-    #[inline(always)]
-    fn flush(&mut self) {
-        if self.barrier != 0 {
-            isa::cp_async_wait::<0>();
-            self.tell();
-            self.barrier = 0;
-        }
-    }
-
-    #[inline(always)]
-    fn tell(&self) {
-        isa::fence_proxy_async();
-        isa::bar_sync_named(PRODUCER_BARRIER, WARPGROUP);
-        if isa::thread_x() == 0 {
-            // SAFETY: initialised.
-            unsafe { isa::mbarrier_arrive(self.barrier) };
-        }
+        unsafe { self.shared.boxes(self.slot) }
     }
 }

@@ -1,4 +1,4 @@
-//! Attention of many rows on Hopper: which kernel, its tensor maps, its launch.
+//! Attention on Hopper: which kernels, their tensor maps, the launch of those for many rows.
 
 use ferroflash_kernels::abi::{
     AttentionParams, PrefillSm90Params, PrefillTile, TensorMap, TensorMapSpec, panel_channels,
@@ -44,6 +44,40 @@ impl Gpu {
         self.prefill_sm90_tile(spec)?.q_rows(spec.group().max(1))
     }
 
+    /// Whether latent attention is Hopper's kernel's, for 64 rows at a time: not under [`Splits::Fixed`], as above.
+    pub(super) fn decode_mla_is_wide(&self, spec: &AttentionSpec, splits: Splits) -> bool {
+        spec.is_latent() && !matches!(splits, Splits::Fixed(_)) && self.driver.hopper().is_some()
+    }
+
+    /// K or V as `[page, head, token, channel]`, ragged KV as one page, of so many channels; boxes of `box_rows` tokens and
+    /// `panel` channels.
+    pub(super) fn kv_map(
+        &self,
+        kv: &Kv<'_>,
+        view: &View<'_>,
+        (channels, panel): (usize, usize),
+        box_rows: Option<usize>,
+    ) -> Result<TensorMap> {
+        let (shape, strides) = (view.shape(), view.strides());
+        let (page, head, token) = match kv {
+            Kv::Ragged { .. } => ((1, 0), (shape[1], strides[1]), (shape[0], strides[0])),
+            _ => ((shape[0], strides[0]), (shape[1], strides[1]), (shape[2], strides[2])),
+        };
+        let Some(rows) = box_rows.filter(|_| page.0 * head.0 * token.0 > 0) else {
+            // Every row is gathered: the map is not used.
+            return Ok(TensorMap([0; 16]));
+        };
+        let dims = [channels, token.0, head.0, page.0, 1].map(|d| d as u64);
+        self.driver.tensor_map(&TensorMapSpec {
+            base: view.ptr() as u64,
+            rank: 4,
+            swizzle_bytes: 2 * panel as u32,
+            dims,
+            strides: map_strides(&dims, [token.1, head.1, page.1], view.dtype().size()),
+            box_dims: [panel as u32, rows as u32, 1, 1, 1],
+        })
+    }
+
     fn prefill_sm90_tile(&self, spec: &AttentionSpec) -> Option<PrefillTile> {
         let preferred = self.prefill_tile.filter(|t| t.holds(spec.head_dim, spec.v_head_dim));
         preferred.or_else(|| PrefillTile::choose(spec.head_dim, spec.v_head_dim))
@@ -66,28 +100,6 @@ impl Gpu {
             return Ok(());
         }
         let box_rows = tile.box_rows(plan.page_size);
-        let kv_map = |view: &View<'_>, channels: usize, tile_channels: usize| -> Result<TensorMap> {
-            // `[page, head, token, channel]`; ragged KV is one page.
-            let (shape, strides) = (view.shape(), view.strides());
-            let (page, head, token) = match kv {
-                Kv::Ragged { .. } => ((1, 0), (shape[1], strides[1]), (shape[0], strides[0])),
-                _ => ((shape[0], strides[0]), (shape[1], strides[1]), (shape[2], strides[2])),
-            };
-            let Some(rows) = box_rows.filter(|_| page.0 * head.0 * token.0 > 0) else {
-                // Every row is gathered: the map is not used.
-                return Ok(TensorMap([0; 16]));
-            };
-            let panel = panel_channels(tile_channels) as u32;
-            let dims = [channels, token.0, head.0, page.0, 1].map(|d| d as u64);
-            self.driver.tensor_map(&TensorMapSpec {
-                base: view.ptr() as u64,
-                rank: 4,
-                swizzle_bytes: 2 * panel,
-                dims,
-                strides: map_strides(&dims, [token.1, head.1, page.1], view.dtype().size()),
-                box_dims: [panel, rows as u32, 1, 1, 1],
-            })
-        };
         let group = spec.group();
         let dims = [spec.head_dim, group, spec.num_kv_heads, q.shape()[0], 1].map(|d| d as u64);
         let (token, head) = (q.strides()[0], q.strides()[1]);
@@ -102,8 +114,8 @@ impl Gpu {
         })?;
         let launch = PrefillSm90Params {
             q_map,
-            k_map: kv_map(k, spec.head_dim, tile.head_dim)?,
-            v_map: kv_map(v, spec.v_head_dim, tile.v_head_dim)?,
+            k_map: self.kv_map(kv, k, (spec.head_dim, panel_channels(tile.head_dim)), box_rows)?,
+            v_map: self.kv_map(kv, v, (spec.v_head_dim, panel_channels(tile.v_head_dim)), box_rows)?,
             attention: *params,
             next_item,
             num_items: count as u32,
