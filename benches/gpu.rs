@@ -74,8 +74,11 @@ fn main() -> Result<()> {
         }
     }
     if wanted("mla") {
-        for (heads, batch, len) in [(16, 1, 32768), (16, 64, 4096), (128, 64, 4096)] {
-            mla(&device, heads, batch, len)?;
+        for (heads, batch, len) in [(16, 1, 32768), (16, 64, 4096), (128, 1, 32768), (128, 64, 4096)] {
+            // Under a fixed split Hopper takes Ampere's kernel, for 16 rows.
+            for splits in [Splits::Auto, Splits::Fixed(1024)] {
+                mla(&device, heads, batch, len, splits)?;
+            }
         }
     }
     if wanted("sparse") {
@@ -357,7 +360,7 @@ fn sparse(device: &Device, len: usize, budget: usize) -> Result<()> {
 }
 
 /// Latent attention with DeepSeek's channels; 16 heads are a share of 128 on eight GPUs.
-fn mla(device: &Device, heads: usize, batch: usize, len: usize) -> Result<()> {
+fn mla(device: &Device, heads: usize, batch: usize, len: usize, splits: Splits) -> Result<()> {
     let (page_size, dim, v_dim) = (64, 576, 512);
     let spec = AttentionSpec::new(heads, 1, dim).v_head_dim(v_dim).causal();
     let pages = batch * len / page_size;
@@ -369,16 +372,18 @@ fn mla(device: &Device, heads: usize, batch: usize, len: usize) -> Result<()> {
     let indptr: Vec<u32> = (0..=batch as u32).collect();
     let kv =
         KvTable::Block { page_size, block_table: &table, max_blocks: len / page_size, seq_lens: &seq_lens };
-    let mut plan = AttentionPlan::new(device, &spec, &Batch::new(&indptr, kv), Splits::Auto)?;
+    let mut plan = AttentionPlan::new(device, &spec, &Batch::new(&indptr, kv), splits)?;
     let q = random(device, &[batch, heads, dim], 9)?;
     let mut out = Tensor::zeros(device, DType::BF16, &[batch, heads, v_dim])?;
     let ms = median(device, |i| {
         let k = latents[i % copies].view();
         plan.run(q.view(), Kv::Paged { k, v: k.narrow(3, 0, v_dim)? }, out.view_mut(), None)
     })?;
-    let gbps = (batch * len * dim * 2) as f64 / ms as f64 / 1e6;
+    let rows = (batch * len) as f64;
+    let gbps = rows * (dim * 2) as f64 / ms as f64 / 1e6;
+    let tflops = rows * (2 * heads * (dim + v_dim)) as f64 / ms as f64 / 1e9;
     println!(
-        "{{\"op\":\"mla\",\"heads\":{heads},\"batch\":{batch},\"len\":{len},\"page_size\":{page_size},\"ms\":{ms},\"gbps\":{gbps}}}"
+        "{{\"op\":\"mla\",\"splits\":\"{splits:?}\",\"heads\":{heads},\"batch\":{batch},\"len\":{len},\"page_size\":{page_size},\"ms\":{ms},\"gbps\":{gbps},\"tflops\":{tflops}}}"
     );
     Ok(())
 }

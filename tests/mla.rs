@@ -7,7 +7,7 @@ use common::{Elements, Rng, devices, is_gpu};
 use ferroflash::op::attention::AttentionPlan;
 use ferroflash::{
     AttentionSpec, Batch, DType, Device, Error, Kv, KvCache, KvCacheSpec, KvFormat, KvTable, NaturalLog,
-    Splits, Tensor, TreeMask,
+    PlanLimits, Splits, Tensor, TreeMask,
 };
 
 fn case(heads: usize, dims: (usize, usize), lengths: Vec<(usize, usize)>, splits: Splits) -> Case {
@@ -27,6 +27,16 @@ fn case(heads: usize, dims: (usize, usize), lengths: Vec<(usize, usize)>, splits
 
 /// The case's problem with V the first channels of K, in shuffled pages or ragged.
 fn run(case: Case, page_size: usize, device: &Device) -> (Problem, Outcome) {
+    run_with(case, page_size, device, &mut None)
+}
+
+/// As [`run`], with a plan that has limits, where there is one.
+fn run_with(
+    case: Case,
+    page_size: usize,
+    device: &Device,
+    limited: &mut Option<AttentionPlan>,
+) -> (Problem, Outcome) {
     let mut problem = Problem::for_device(&case, device);
     let spec = problem.case.spec.clone();
     let (dim, v_dim) = (spec.head_dim, spec.v_head_dim);
@@ -73,7 +83,17 @@ fn run(case: Case, page_size: usize, device: &Device) -> (Problem, Outcome) {
     if problem.case.n_tree.is_some() {
         batch.tree = Some(TreeMask { n_tree: &problem.n_tree, mask: &problem.mask });
     }
-    let mut plan = AttentionPlan::new(device, &spec, &batch, problem.case.splits).unwrap();
+    let mut made;
+    let plan = match limited {
+        Some(plan) => {
+            plan.update(&batch).unwrap();
+            plan
+        }
+        None => {
+            made = AttentionPlan::new(device, &spec, &batch, problem.case.splits).unwrap();
+            &mut made
+        }
+    };
     plan.run(q.view(), kv, out.view_mut(), Some(NaturalLog(lse.view_mut()))).unwrap();
     let outcome = Outcome { out: Elements::of_tensor(&out).to_f32(), lse: lse.to_vec().unwrap() };
     (problem, outcome)
@@ -119,7 +139,7 @@ fn trees_and_scores() {
 fn many_heads_and_masks() {
     for device in devices() {
         for features in 0..3 {
-            let mut case = case(128, (576, 512), vec![(1, 900), (1, 64), (1, 0), (2, 321)], Splits::Auto);
+            let mut case = case(128, (576, 512), vec![(1, 500), (1, 64), (1, 0), (2, 130)], Splits::Auto);
             match features {
                 1 => {
                     case.spec.window = Some(100);
@@ -141,6 +161,34 @@ fn many_heads_and_masks() {
                     .unwrap_or_else(|e| panic!("{e} {features} {page_size} {device:?}"));
             }
         }
+    }
+}
+
+/// However many rows a sequence has, a plan with limits takes it, in one launch and the same memory.
+#[test]
+fn many_heads_within_limits() {
+    let limits = PlanLimits { sequences: 5, q_tokens: 4, page_size: 64, pages: 40, tree_words: 0 };
+    for device in devices() {
+        let spec = case(128, (576, 512), vec![], Splits::Auto).spec;
+        let plan = |splits| AttentionPlan::with_limits(&device, &spec, limits, splits).unwrap();
+        let mut limited = Some(plan(Splits::Auto));
+        let bytes = |plan: &Option<AttentionPlan>| plan.as_ref().unwrap().workspace_bytes();
+        let before = bytes(&limited);
+        for lengths in [vec![(1, 700), (1, 3), (1, 64), (1, 1)], vec![(4, 130)], vec![(2, 0), (2, 300)]] {
+            let case = case(128, (576, 512), lengths.clone(), Splits::Auto);
+            let launches = || device.sim_stats().map_or(0, |s| s.launches.values().sum::<u64>());
+            let started = launches();
+            let (problem, outcome) = run_with(case, 64, &device, &mut limited);
+            problem.check(&device, &outcome).unwrap_or_else(|e| panic!("{e} {lengths:?} {device:?}"));
+            if is_gpu(&device) {
+                assert_eq!(bytes(&limited), before);
+            }
+            assert!(device.sim_stats().is_none() || launches() == started + 1);
+        }
+        // A fixed split has room for a tile of rows only.
+        let table = KvTable::Block { page_size: 64, block_table: &[0], max_blocks: 1, seq_lens: &[10] };
+        let refused = plan(Splits::Fixed(64)).update(&Batch::new(&[0, 1], table)).unwrap_err();
+        assert!(refused.to_string().contains("query tokens of a sequence"), "{refused}");
     }
 }
 

@@ -82,7 +82,7 @@ impl AttentionPlan {
     ///
     /// # Errors
     /// [`Error::Value`] where the plan has no limits, the batch is beyond them or is no decode batch (more than 16 rows, the
-    /// query group times the tokens, of a sequence, or 64 in latent attention on Hopper; page lists); and as
+    /// query group times the tokens, of a sequence, but for latent attention without a fixed split; page lists); and as
     /// [`AttentionPlan::new`]. The plan is then as it was.
     pub fn update(&mut self, batch: &Batch<'_>) -> Result<()> {
         let Some(limits) = self.limits else {

@@ -1,5 +1,7 @@
 //! Plans that are made anew in place: room for the largest batch, so that addresses and launches stay the same.
 
+use ferroflash_kernels::abi::Sequence;
+
 use super::{Plan, Schedule, Splits};
 use crate::error::{Error, Result};
 use crate::spec::AttentionSpec;
@@ -62,7 +64,12 @@ impl PlanLimits {
 
     /// The most that any batch within the limits needs, where `schedule.ranges` workers walk items.
     pub(super) fn sizes(&self, spec: &AttentionSpec, splits: Splits, schedule: Schedule) -> PlanSizes {
-        let tiles = self.sequences.saturating_mul(spec.num_kv_heads);
+        let mut tiles = self.sequences;
+        if schedule.all_walk() {
+            tiles =
+                tiles.saturating_add(self.q_tokens.saturating_mul(spec.group()) / schedule.row_tile.max(1));
+        }
+        let tiles = tiles.saturating_mul(spec.num_kv_heads);
         let workers = schedule.ranges.max(1);
         // Workers cut tiles `workers - 1` times at most, each time into two states more at most.
         let mut sizes = PlanSizes {
@@ -132,7 +139,10 @@ impl Plan {
             return Err(Error::value(op, "page_lists", "none in a plan with limits", "some"));
         }
         let rows = schedule.range_rows;
-        if let Some(s) = self.sequences.iter().find(|s| s.q_len as usize * spec.group() > rows) {
+        // A fixed split has a state for each tile of rows and section: room for one tile a sequence.
+        let any = schedule.all_walk() && splits.section() == 0;
+        let too_many = |s: &&Sequence| !any && s.q_len as usize * spec.group() > rows;
+        if let Some(s) = self.sequences.iter().find(too_many) {
             let most = rows / spec.group();
             let expected =
                 format_args!("at most {most} query tokens a sequence in a plan with limits").to_string();

@@ -11,18 +11,38 @@ fn blocks(tile: &WorkItem) -> u32 {
     (tile.kv_end - tile.kv_start).div_ceil(BLOCK).max(1)
 }
 
+/// Tiles of every KV head of every sequence, where all have as many; else 1.
+fn tiles_of_each(tiles: &[WorkItem]) -> usize {
+    let head = |t: &WorkItem| (t.seq, t.kv_head);
+    let mut counts = tiles.chunk_by(|a, b| head(a) == head(b)).map(<[WorkItem]>::len);
+    let first = counts.next().unwrap_or(1);
+    if counts.all(|n| n == first) { first } else { 1 }
+}
+
 impl Plan {
     /// Deals the tiles' blocks to at most `workers` workers, side by side and evenly to one block; fixed splits are cut
     /// between sections only, and [`Splits::None`] between tiles.
     ///
+    /// Where heads have several tiles, which read the same KV, a team of workers takes the first tile of each, another the
+    /// second: so they are cut alike, and come to the same KV at the same time, once from memory and then from a cache.
+    ///
     /// A worker's range may begin and end inside a tile, so all of them cut at most `workers - 1` times, and leave at most
     /// `2 (workers - 1)` states of tiles in parts (with fixed splits, a state for each section).
     pub(super) fn walk_ranges(&mut self, tiles: Vec<WorkItem>, splits: Splits, workers: usize) {
+        let teams = Some(tiles_of_each(&tiles)).filter(|&n| n <= workers).unwrap_or(1);
+        self.ranges = vec![0];
+        for team in 0..teams {
+            let own = tiles.iter().skip(team).step_by(teams).copied().collect();
+            self.walk_team(own, splits, workers / teams);
+        }
+        self.range_merges = self.merges.len();
+    }
+
+    fn walk_team(&mut self, tiles: Vec<WorkItem>, splits: Splits, workers: usize) {
         let total: u64 = tiles.iter().map(|t| blocks(t) as u64).sum();
         // A block for each of a worker's warps, before there are more workers.
         let workers = total.div_ceil(DECODE_WARPS as u64).min(workers as u64);
         let begin = |worker: u64| worker * total / workers.max(1);
-        self.ranges = vec![0];
         let (mut worker, mut before) = (0, 0);
         for tile in tiles {
             let end = before + blocks(&tile) as u64;
@@ -50,7 +70,6 @@ impl Plan {
             self.push_pieces(tile, &pieces);
             before = end;
         }
-        self.range_merges = self.merges.len();
     }
 
     /// Token at which a tile is cut after some of its blocks.
@@ -97,7 +116,13 @@ mod tests {
     use crate::plan::{Batch, KvTable, PlanLimits, Schedule};
     use crate::spec::AttentionSpec;
 
-    fn plan(spec: &AttentionSpec, lengths: &[(u32, u32)], splits: Splits, ranges: usize) -> Plan {
+    fn plan(
+        spec: &AttentionSpec,
+        lengths: &[(u32, u32)],
+        splits: Splits,
+        ranges: usize,
+        row_tile: usize,
+    ) -> Plan {
         let sums = |f: fn(&(u32, u32)) -> u32| {
             std::iter::once(0)
                 .chain(lengths.iter().scan(0, |sum, l| {
@@ -108,7 +133,7 @@ mod tests {
         };
         let (qo_indptr, kv_indptr) = (sums(|l| l.0), sums(|l| l.1));
         let batch = Batch::new(&qo_indptr, KvTable::Ragged { kv_indptr: &kv_indptr });
-        let schedule = Schedule { row_tile: 128, workers: 4, ranges, range_rows: 16, ..Schedule::default() };
+        let schedule = Schedule { row_tile, workers: 4, ranges, range_rows: row_tile, ..Schedule::default() };
         Plan::new("test", spec, &batch, splits, schedule).unwrap()
     }
 
@@ -121,11 +146,12 @@ mod tests {
             kv_heads in 1usize..5, group in prop_oneof![Just(1usize), Just(3)], workers in 1usize..70,
             splits in prop_oneof![Just(Splits::Auto), Just(Splits::None), Just(Splits::Fixed(64)), Just(Splits::Fixed(320))],
             window in prop_oneof![Just(None), Just(Some(100u32))],
+            row_tile in prop_oneof![Just(16usize), Just(2)],
         ) {
             let mut spec = AttentionSpec::new(kv_heads * group, kv_heads, 64).causal();
             spec.window = window;
-            let plan = plan(&spec, &lengths, splits, workers);
-            let whole = plan_of_tiles(&spec, &lengths);
+            let plan = plan(&spec, &lengths, splits, workers, row_tile);
+            let whole = plan_of_tiles(&spec, &lengths, row_tile);
             let count = plan.ranges.len() - 1;
             prop_assert!(count <= workers);
             prop_assert_eq!(plan.ranges[0], 0);
@@ -175,7 +201,8 @@ mod tests {
             }
             prop_assert!(cuts < workers);
             prop_assert_eq!(rows_in_parts, plan.partial_rows);
-            // Within the room that limits give.
+            // Within the room that limits give; fixed splits of several tiles are refused.
+            let refused = section > 0 && lengths.iter().any(|l| l.0 as usize * group > row_tile);
             let limits = PlanLimits {
                 sequences: lengths.len(),
                 q_tokens: plan.total_q,
@@ -183,19 +210,29 @@ mod tests {
                 pages: plan.total_kv,
                 tree_words: 0,
             };
-            let schedule = Schedule { ranges: workers, range_rows: 16, ..Schedule::default() };
+            let schedule = Schedule { row_tile, ranges: workers, range_rows: row_tile, ..Schedule::default() };
             let (room, needed) = (limits.sizes(&spec, splits, schedule), plan.sizes());
-            prop_assert!(needed.items <= room.items && needed.ranges <= room.ranges);
-            prop_assert!(needed.merges <= room.merges && needed.range_merges <= room.range_merges);
-            prop_assert!(needed.splits <= room.splits);
-            prop_assert!(needed.partial_rows <= room.partial_rows, "{:?} {:?}", needed, room);
+            prop_assert!(refused || needed.items <= room.items && needed.ranges <= room.ranges);
+            prop_assert!(refused || needed.merges <= room.merges && needed.range_merges <= room.range_merges);
+            prop_assert!(refused || needed.splits <= room.splits);
+            prop_assert!(refused || needed.partial_rows <= room.partial_rows, "{:?} {:?}", needed, room);
 
-            let work: Vec<u32> = (0..count)
-                .map(|r| plan.items[plan.ranges[r] as usize..plan.ranges[r + 1] as usize].iter().map(blocks).sum())
-                .collect();
+            // Of each team, which has tiles of its own.
+            let teams = super::tiles_of_each(&whole);
+            let mut work: BTreeMap<u32, Vec<u32>> = BTreeMap::new();
+            for range in plan.ranges.windows(2) {
+                let items = &plan.items[range[0] as usize..range[1] as usize];
+                let team = |i: &WorkItem| if teams > 1 && teams <= workers { i.row_start } else { 0 };
+                prop_assert!(items.windows(2).all(|w| team(&w[0]) == team(&w[1])));
+                prop_assert!(!items.is_empty() || splits != Splits::Auto);
+                let Some(first) = items.first() else { continue };
+                work.entry(team(first)).or_default().push(items.iter().map(blocks).sum());
+            }
             match splits {
-                Splits::Auto if count > 0 => {
-                    prop_assert!(work.iter().max().unwrap() - work.iter().min().unwrap() <= 1, "{:?}", work);
+                Splits::Auto => {
+                    for work in work.values() {
+                        prop_assert!(work.iter().max().unwrap() - work.iter().min().unwrap() <= 1, "{:?}", work);
+                    }
                 }
                 Splits::None => prop_assert_eq!(cuts, 0),
                 _ => {}
@@ -203,7 +240,23 @@ mod tests {
         }
     }
 
-    fn plan_of_tiles(spec: &AttentionSpec, lengths: &[(u32, u32)]) -> Vec<WorkItem> {
-        plan(spec, lengths, Splits::None, 1).items
+    fn plan_of_tiles(spec: &AttentionSpec, lengths: &[(u32, u32)], row_tile: usize) -> Vec<WorkItem> {
+        let mut items = plan(spec, lengths, Splits::None, 1, row_tile).items;
+        items.sort_by_key(|i| (i.seq, i.kv_head, i.row_start));
+        items
+    }
+
+    #[test]
+    fn tiles_of_a_head_are_cut_alike() {
+        let spec = AttentionSpec::new(40, 1, 64).causal();
+        let plan = plan(&spec, &[(1, 5000), (1, 130), (1, 9000)], Splits::Auto, 33, 16);
+        let pieces = |row_start: u32| {
+            let own = plan.items.iter().filter(move |i| i.row_start == row_start);
+            own.map(|i| (i.seq, i.kv_start, i.kv_end)).collect::<Vec<_>>()
+        };
+        assert_eq!(plan.ranges.len(), 34);
+        assert!(pieces(0).len() >= 11);
+        assert_eq!(pieces(0), pieces(16));
+        assert_eq!(pieces(0), pieces(32));
     }
 }

@@ -35,6 +35,13 @@ pub(crate) struct Schedule {
     pub(crate) cache_bytes: usize,
 }
 
+impl Schedule {
+    /// Whether workers that walk ranges take whatever there is.
+    pub(super) fn all_walk(&self) -> bool {
+        self.row_tile <= self.range_rows
+    }
+}
+
 impl Plan {
     pub(super) fn schedule(
         &mut self,

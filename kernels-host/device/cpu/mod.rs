@@ -121,12 +121,12 @@ impl Backend for Cpu {
         format!("cpu, {} threads, {:?}", self.workers(), self.level)
     }
 
-    fn schedule(&self, _: &AttentionSpec, _: &Batch<'_>, _: Splits) -> Schedule {
+    fn schedule(&self, spec: &AttentionSpec, _: &Batch<'_>, splits: Splits) -> Schedule {
         Schedule {
             row_tile: ROW_TILE,
             workers: self.workers(),
-            // Limits are the GPU's.
-            range_rows: DECODE_ROWS,
+            // Limits are the GPU's, where all rows of latent attention are decoded.
+            range_rows: if spec.is_latent() && splits.section() == 0 { ROW_TILE } else { DECODE_ROWS },
             cascade: Some(1),
             ..Schedule::default()
         }

@@ -100,13 +100,13 @@ pub(super) fn score<T: Half>(params: &DecodeMlaSm90Params, shared: Layout) {
     let mut block_at = Cursor::<SLOTS>::START;
     let mut index = range(&params.ranges, 0);
     while isa::agreed(index < range(&params.ranges, 1)) {
-        let (rows, mut at, mut left) = begin(params, shared, 0, index);
+        let (rows, mut at, blocks) = begin(params, shared, 0, index);
+        let mut left = blocks;
         let logits = Logits::new(&p.score, p.alibi_slopes != 0);
         let q_full = q.wait_full(q_at);
         let (q_lower, q_upper) = shared.full_q(&q_full);
         let mut state = State::EMPTY;
         let mut o: Accumulator<TILES> = [[0.0; 4]; TILES];
-        let first = left;
         loop {
             let upper_full = upper.wait_full(block_at);
             let kv = shared.upper(upper_full.slot());
@@ -117,7 +117,7 @@ pub(super) fn score<T: Half>(params: &DecodeMlaSm90Params, shared: Layout) {
             let s = unsafe { s.and_a_bt::<T, _, _, _>(q_lower, 0, shared.lower(lower_full.slot())) };
             let mut s = s.wait::<0>();
             lower.release(lower_full);
-            if isa::agreed(left != first) {
+            if isa::agreed(left != blocks) {
                 // The helper has the block before: its product runs beside this softmax.
                 isa::bar_arrive_named(TURN_BARRIER, 2 * WARPGROUP);
             }

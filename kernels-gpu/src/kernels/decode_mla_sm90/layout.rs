@@ -25,7 +25,7 @@ pub(super) struct Layout {
     base: u32,
 }
 
-/// What the scorer tells of its two rows in a lane.
+/// What the scorer tells the helper of each row: the factor for what was accumulated before, and in the end the state.
 pub(super) struct Told {
     base: u32,
 }
@@ -92,7 +92,7 @@ impl Layout {
         self.base + Self::PLACES + consumer * Place::BYTES
     }
 
-    /// What the scorer tells the helper.
+    /// See [`Told`].
     #[inline(always)]
     pub(super) fn told(&self) -> Told {
         Told { base: self.base + Self::TOLD }
@@ -146,7 +146,7 @@ impl Layout {
 impl Told {
     const BYTES: u32 = 3 * 4 * ROWS;
 
-    /// Address of a row's correction; its state, two words, is `STATES + row` words further.
+    /// Address of a row's correction.
     #[inline(always)]
     fn at(&self, row: u32) -> u32 {
         self.base + 4 * row
@@ -183,6 +183,7 @@ impl Told {
         }
     }
 
+    /// Address of a row's state, two words.
     #[inline(always)]
     fn state_at(&self, row: u32) -> u32 {
         self.base + 4 * ROWS + 8 * row
