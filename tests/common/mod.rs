@@ -2,6 +2,7 @@
 #![allow(dead_code, unreachable_pub)] // each test binary uses a part
 
 pub mod cases;
+pub mod quant_pages;
 pub mod reference;
 
 use ferroflash::{CpuOptions, DType, Device, SimdLevel};
