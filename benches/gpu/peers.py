@@ -139,11 +139,55 @@ def flashinfer_decode(flashinfer):
             timed({**shape, "peer": "flashinfer"}, run, gbps=bytes_ / 1e6)
 
 
+MLA = ((16, 1, 32768), (16, 64, 4096), (128, 1, 32768), (128, 64, 4096))
+
+
+def mla_row(heads, batch, length):
+    """The row's fields, and its bytes and operations per millisecond over the figure's unit."""
+    rows = batch * length
+    figures = dict(gbps=rows * 576 * 2 / 1e6, tflops=rows * 2 * heads * (576 + 512) / 1e9)
+    return dict(op="mla", heads=heads, batch=batch, len=length), figures
+
+
+def mla():
+    for heads, batch, length in MLA:
+        shape, figures = mla_row(heads, batch, length)
+        q, k = random(batch, 1, heads, 576), random(batch, 1, length, 576)
+        # Heads so wide are two products and a softmax in torch.
+        with sdpa_kernel(SDPBackend.MATH):
+            run = lambda _: F.scaled_dot_product_attention(q, k, k[..., :512])
+            timed({**shape, "peer": "torch math"}, run, **figures)
+
+
+def flashinfer_mla(flashinfer):
+    page_size = 64
+    for heads, batch, length in MLA:
+        shape, figures = mla_row(heads, batch, length)
+        pages = batch * length // page_size
+        plan = None
+
+        def run(_):
+            nonlocal plan
+            if plan is None:
+                space = torch.empty(256 << 20, device="cuda", dtype=torch.uint8)
+                plan = flashinfer.mla.BatchMLAPagedAttentionWrapper(space)
+                order = torch.randperm(pages, device="cuda", dtype=torch.int32)
+                indptr = torch.arange(batch + 1, device="cuda", dtype=torch.int32)
+                lengths = torch.full((batch,), length, device="cuda", dtype=torch.int32)
+                tables = (indptr, indptr * (length // page_size), order, lengths)
+                plan.plan(*tables, heads, 512, 64, page_size, False, 576**-0.5, torch.bfloat16, torch.bfloat16)
+            plan.run(q[..., :512], q[..., 512:], k[..., :512], k[..., 512:])
+
+        q, k = random(batch, heads, 576), random(pages, page_size, 576)
+        timed({**shape, "page_size": page_size, "peer": "flashinfer"}, run, **figures)
+
+
 def main():
     say(torch=torch.__version__, gpu=torch.cuda.get_device_name())
     copy()
     prefill()
     decode()
+    mla()
     try:
         import flashinfer
     except ImportError as error:
@@ -151,6 +195,7 @@ def main():
         return
     flashinfer_prefill(flashinfer)
     flashinfer_decode(flashinfer)
+    flashinfer_mla(flashinfer)
 
 
 if __name__ == "__main__":

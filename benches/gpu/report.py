@@ -59,6 +59,13 @@ def main():
     table(prefill, lambda r: (r["head_dim"], "causal" if r["causal"] else "full", r["seq_len"], *kind(r)), "tflops")
     print("\ndecode, GB/s of K and V\n")
     table(decode, lambda r: (r["kv"], r["batch"], r["len"], r.get("page_size", 0)), "gbps")
+    mla = [r for r in rows if r.get("op") == "mla"]
+    for row in mla:
+        if row.get("splits", "Auto") != "Auto":
+            row["peer"] = "ferroflash, 16 rows"
+    for figure, unit in (("gbps", "GB/s"), ("tflops", "TFLOP/s")):
+        print(f"\nlatent attention, {unit}\n")
+        table(mla, lambda r: (f"{r['heads']} heads", r["batch"], r["len"]), figure)
     name = lambda r: r.get("peer", "ferroflash")
     plain = lambda r: r.get("kv_heads", r["heads"]) == r["heads"] and not r.get("page_size")
     causal = [r for r in prefill if r["causal"] and plain(r)]
