@@ -6,6 +6,7 @@ mod batch;
 mod cascade;
 mod limits;
 mod lists;
+mod pieces;
 mod ranges;
 mod schedule;
 

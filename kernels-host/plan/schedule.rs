@@ -2,6 +2,7 @@
 
 use ferroflash_kernels::abi::{KV_BLOCK, MergeItem, NO_MERGE, NO_PARTIAL, Sequence, WorkItem};
 
+use super::pieces::best_piece;
 use super::{Plan, Splits};
 use crate::error::{Error, Result};
 use crate::spec::AttentionSpec;
@@ -61,24 +62,26 @@ impl Plan {
         // Longest first, so that no worker starts a long item when the others are done.
         tiles.sort_by_key(|t| std::cmp::Reverse(cost(t)));
         let total: u64 = tiles.iter().map(cost).sum();
-        // An item a quarter of a worker's share leaves at most that much of an imbalance; below eight
-        // blocks the merge costs as much as it saves.
-        let share = total / (4 * workers as u64);
+        // An item a quarter of a worker's share leaves at most that much of an imbalance.
+        let share = (total / (4 * workers as u64)).max(1);
         let may_split = splits != Splits::None && workers > 1;
-        // Workers that stay and take items, longest first, are busy without splitting the long ones.
-        let enough = schedule.hopper && tiles.len() >= workers - workers / 5;
+        // A GPU's tiles, unless they are so many that they even out.
+        let best = (schedule.ranges > 0 && tiles.len() < 4 * workers).then(|| best_piece(&tiles, workers));
         for tile in tiles {
             let tokens = tile.kv_end - tile.kv_start;
             let pieces = if !may_split {
                 1
+            } else if let Some(best) = best {
+                cost(&tile).div_ceil(best)
             } else if tile.row_end - tile.row_start <= FEW_ROWS {
-                cost(&tile).div_ceil(share.max(1)).max(tokens.div_ceil(MEMORY_PIECE) as u64)
-            } else if cost(&tile) > 2 * share && !enough {
-                cost(&tile).div_ceil(share.max(1))
+                cost(&tile).div_ceil(share).max(tokens.div_ceil(MEMORY_PIECE) as u64)
+            } else if cost(&tile) > 2 * share {
+                cost(&tile).div_ceil(share)
             } else {
                 1
             };
             let blocks = tokens.div_ceil(KV_BLOCK as u32);
+            // Below eight blocks the merge costs as much as it saves.
             let pieces = pieces.min(blocks as u64 / 8) as u32;
             if pieces > 1 {
                 self.split(tile, blocks.div_ceil(pieces) * KV_BLOCK as u32);
@@ -202,7 +205,8 @@ impl Plan {
     }
 }
 
-fn cost(item: &WorkItem) -> u64 {
+/// What a tile or a piece of one costs.
+pub(super) fn cost(item: &WorkItem) -> u64 {
     // Loading a block costs about as much as computing eight rows on it.
     (item.row_end - item.row_start + 8) as u64
         * (item.kv_end - item.kv_start).div_ceil(KV_BLOCK as u32) as u64
