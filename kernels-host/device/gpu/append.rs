@@ -138,7 +138,7 @@ impl Gpu {
         ] {
             blob.put(part);
         }
-        let memory = self.memory(blob.data.len())?;
+        let memory = self.scratch(blob.data.len())?;
         self.driver.upload(&blob.data, memory.at())?;
         Ok((Storage::Device(memory), counts))
     }

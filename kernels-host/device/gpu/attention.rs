@@ -187,7 +187,7 @@ impl Gpu {
 
     pub(super) fn plan_workspace(&self, spec: &AttentionSpec, plan: &Plan) -> Result<Storage> {
         let workspace = Workspace::new(spec, plan);
-        let memory = self.memory(workspace.bytes)?;
+        let memory = self.scratch(workspace.bytes)?;
         self.driver.upload(&workspace.fill(spec, plan), memory.at())?;
         Ok(Storage::Device(memory))
     }

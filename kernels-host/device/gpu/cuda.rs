@@ -254,14 +254,18 @@ impl Driver for CudaDriver {
         16 << 20
     }
 
-    fn alloc(&self, bytes: usize) -> Result<u64> {
+    fn alloc(&self, bytes: usize, zeroed: bool) -> Result<u64> {
         self.enter("cuMemAllocAsync")?;
         let stream = self.stream.cu_stream();
         // An empty allocation is one byte, for every tensor has an address of its own.
-        // SAFETY: the stream is alive; the memory is set before anything reads it, in the stream's order.
+        // SAFETY: the stream is alive; zeros are set before anything reads the memory, in the stream's order.
         let made = unsafe {
-            result::malloc_async(stream, bytes.max(1))
-                .and_then(|at| result::memset_d8_async(at, 0, bytes.max(1), stream).map(|()| at))
+            result::malloc_async(stream, bytes.max(1)).and_then(|at| {
+                if zeroed {
+                    result::memset_d8_async(at, 0, bytes.max(1), stream)?;
+                }
+                Ok(at)
+            })
         };
         made.map_err(|e| match e.0 {
             cudarc::driver::sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => {

@@ -26,8 +26,8 @@ pub(crate) trait Driver: Send + Sync {
     fn resident_ctas(&self, entry: &'static str) -> usize;
     /// Bytes that memory delivers in the time of two more launches.
     fn bytes_of_launches(&self) -> u64;
-    /// Zeroed memory, 256-byte aligned.
-    fn alloc(&self, bytes: usize) -> Result<u64>;
+    /// Memory, 256-byte aligned: zeros, or not `zeroed` what nobody may read before it is written.
+    fn alloc(&self, bytes: usize, zeroed: bool) -> Result<u64>;
     fn free(&self, at: u64);
     fn upload(&self, from: &[u8], to: u64) -> Result<()>;
     /// Waits for all work before.
@@ -75,8 +75,9 @@ pub(crate) struct DeviceMemory {
 }
 
 impl DeviceMemory {
-    pub(crate) fn new(driver: &Arc<dyn Driver>, bytes: usize) -> Result<Self> {
-        Ok(DeviceMemory { driver: driver.clone(), at: driver.alloc(bytes)?, bytes })
+    /// As [`Driver::alloc`].
+    pub(crate) fn new(driver: &Arc<dyn Driver>, bytes: usize, zeroed: bool) -> Result<Self> {
+        Ok(DeviceMemory { driver: driver.clone(), at: driver.alloc(bytes, zeroed)?, bytes })
     }
 
     pub(crate) fn at(&self) -> u64 {

@@ -42,7 +42,7 @@ impl Gpu {
         // Ids from the host live until the launch is enqueued, and are freed after it in the stream's order.
         let (staged, ids, id_stride) = match ids {
             Ids::Host(ids) => {
-                let memory = self.memory(4 * ids.len())?;
+                let memory = self.scratch(4 * ids.len())?;
                 self.driver.upload(bytemuck::cast_slice(ids), memory.at())?;
                 let at = memory.at();
                 (Some(memory), at, 4)
@@ -103,7 +103,7 @@ impl Gpu {
                 min_p: p.min_p,
             })
             .collect();
-        let rows_at = self.memory(size_of::<SampleRow>() * how.len())?;
+        let rows_at = self.scratch(size_of::<SampleRow>() * how.len())?;
         self.driver.upload(bytes(&how), rows_at.at())?;
         let launch = |ids, id_stride| {
             let params = SampleParams {
@@ -119,7 +119,7 @@ impl Gpu {
         match ids {
             IdsMut::Device(ids) => launch(ids.ptr() as u64, 4 * ids.strides()[0] as u64),
             IdsMut::Host(ids) => {
-                let ids_at = self.memory(4 * ids.len())?;
+                let ids_at = self.scratch(4 * ids.len())?;
                 launch(ids_at.at(), 4)?;
                 self.driver.download(ids_at.at(), bytemuck::cast_slice_mut(ids))
             }

@@ -52,8 +52,14 @@ impl Gpu {
         Gpu { driver, prefill_tile: None }
     }
 
+    /// Zeros.
     fn memory(&self, bytes: usize) -> Result<DeviceMemory> {
-        DeviceMemory::new(&self.driver, bytes)
+        DeviceMemory::new(&self.driver, bytes, true)
+    }
+
+    /// Memory that is written before it is read.
+    fn scratch(&self, bytes: usize) -> Result<DeviceMemory> {
+        DeviceMemory::new(&self.driver, bytes, false)
     }
 }
 

@@ -48,7 +48,7 @@ impl Gpu {
         let mut blob = Blob::default();
         blob.put(bytes(&items));
         blob.put(bytemuck::cast_slice(plan.pages));
-        let memory = self.memory(SelectBlob::new(items.len(), plan.pages.len(), heads).bytes)?;
+        let memory = self.scratch(SelectBlob::new(items.len(), plan.pages.len(), heads).bytes)?;
         self.driver.upload(&blob.data, memory.at())?;
         Ok(Storage::Device(memory))
     }

@@ -69,8 +69,8 @@ impl Driver for SimDriver {
         1
     }
 
-    fn alloc(&self, bytes: usize) -> Result<u64> {
-        let at = self.memory.alloc(bytes, true);
+    fn alloc(&self, bytes: usize, zeroed: bool) -> Result<u64> {
+        let at = self.memory.alloc(bytes, zeroed);
         at.ok_or_else(|| Error::OutOfMemory { device: self.id().to_string(), bytes: bytes as u128 })
     }
 
