@@ -196,7 +196,7 @@ fn many_heads_within_limits() {
 #[test]
 fn a_row_is_read_once() {
     for (device, heads) in [(Device::sim(1), 16), (Device::sim_hopper(1), 64)] {
-        let len = 3000;
+        let len = 30_000;
         run(case(heads, (576, 512), vec![(1, len)], Splits::Auto), 16, &device);
         let stats = device.sim_stats().unwrap();
         let (kv, q) = ((len * 576 * 2) as u64, (heads * 576 * 2) as u64);
@@ -204,10 +204,9 @@ fn a_row_is_read_once() {
         let queries = stats.global_copied - kv;
         assert!(queries.is_multiple_of(q) && queries <= 16 * q, "{queries} {q}");
         assert_eq!(queries == 0, heads == 16);
-        // Each kernel's queries are one part, and so are the states of parts, a share of so short a sequence.
-        let least = kv + q;
-        println!("{} bytes delivered of {least}", stats.distinct_read);
-        assert!((stats.distinct_read as f64) < 1.25 * least as f64);
+        // Besides: the states of the sequence's parts, and queries.
+        println!("{} bytes delivered, the rows are {kv}", stats.distinct_read);
+        assert!((stats.distinct_read as f64) < 1.02 * kv as f64);
         assert_eq!(stats.shared_cycles, stats.shared_cycles_ideal, "bank conflicts");
     }
 }
