@@ -15,9 +15,9 @@ const PIECE_BLOCKS: u64 = 6;
 const MOST: usize = 4;
 
 /// The most that a piece should cost, for all to be done soonest: `workers` take pieces one by one, longest first. `tiles` come
-/// in that order. Nothing is cut where there are many tiles for each worker.
-pub(super) fn best_piece(tiles: &[WorkItem], workers: usize) -> u64 {
-    let Some(first) = tiles.first() else { return 1 };
+/// in that order. `None` where they are so many for each worker that they even out.
+pub(super) fn best_piece(tiles: &[WorkItem], workers: usize) -> Option<u64> {
+    let first = tiles.first().filter(|_| tiles.len() < MOST * workers)?;
     let longest = cost(first).max(1);
     let rows = tiles.iter().map(|t| t.row_end - t.row_start).max().unwrap_or(0) as u64;
     let extra = PIECE_BLOCKS * (rows + 8);
@@ -29,7 +29,7 @@ pub(super) fn best_piece(tiles: &[WorkItem], workers: usize) -> u64 {
             makespan(tiles, workers, most, extra)
         }
     };
-    (1..=candidates).map(|n| longest.div_ceil(n)).min_by_key(|&most| time(most)).unwrap_or(longest)
+    (1..=candidates).map(|n| longest.div_ceil(n)).min_by_key(|&most| time(most))
 }
 
 /// Pieces of a tile, and what each costs.

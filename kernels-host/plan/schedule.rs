@@ -27,7 +27,7 @@ pub(crate) struct Schedule {
     pub(crate) range_rows: usize,
     /// Whether an item that finishes rows after several sections gets room to keep them in between.
     pub(crate) scratch: bool,
-    /// Whether items of many rows are for Hopper's kernels.
+    /// Whether items of many rows, or all of latent attention, are for Hopper's kernels.
     pub(crate) hopper: bool,
     /// Bytes that sharing a prefix has to save to be worth its launches; `None`: prefixes are not shared.
     pub(crate) cascade: Option<u64>,
@@ -65,8 +65,8 @@ impl Plan {
         // An item a quarter of a worker's share leaves at most that much of an imbalance.
         let share = (total / (4 * workers as u64)).max(1);
         let may_split = splits != Splits::None && workers > 1;
-        // A GPU's tiles, unless they are so many that they even out.
-        let best = (schedule.ranges > 0 && tiles.len() < 4 * workers).then(|| best_piece(&tiles, workers));
+        // A CPU's workers take small pieces: others use its cores too.
+        let best = if schedule.ranges > 0 { best_piece(&tiles, workers) } else { None };
         for tile in tiles {
             let tokens = tile.kv_end - tile.kv_start;
             let pieces = if !may_split {

@@ -92,18 +92,13 @@ impl<const TILES: usize> Pending<TILES> {
         row: u32,
         b: Panels<N, CHUNKS>,
     ) -> Self {
-        const { assert!(8 * TILES as u32 == N) };
         // Opaque: descriptors are made where they are used, one addition each, and not kept.
         let row = isa::opaque(row);
         isa::wgmma_fence();
         // SAFETY: the caller's promise.
-        let mut d = unsafe { T::wgmma_first::<TILES>(a.along_k(row, 0), b.along_k(0, 0)) };
-        for step in 1..CHUNKS / 2 {
-            // SAFETY: as above.
-            unsafe { T::wgmma(&mut d, a.along_k(row, step), b.along_k(0, step)) };
-        }
-        isa::wgmma_commit();
-        Pending(d)
+        let d = unsafe { T::wgmma_first::<TILES>(a.along_k(row, 0), b.along_k(0, 0)) };
+        // SAFETY: as above.
+        unsafe { Pending(d).steps::<T, M, N, CHUNKS>(a, row, b, 1) }
     }
 
     /// Adds the product of further channels to [`Pending::a_bt`]'s, which may be on its way; a group of its own.
@@ -113,14 +108,30 @@ impl<const TILES: usize> Pending<TILES> {
     #[inline(always)]
     #[track_caller]
     pub unsafe fn and_a_bt<T: Half, const M: u32, const N: u32, const CHUNKS: u32>(
-        mut self,
+        self,
         a: Panels<M, CHUNKS>,
         row: u32,
         b: Panels<N, CHUNKS>,
     ) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe { self.steps::<T, M, N, CHUNKS>(a, isa::opaque(row), b, 0) }
+    }
+
+    /// Adds the products of 16 channels each, from step `first` on.
+    ///
+    /// # Safety
+    /// As [`Pending::a_bt`].
+    #[inline(always)]
+    #[track_caller]
+    unsafe fn steps<T: Half, const M: u32, const N: u32, const CHUNKS: u32>(
+        mut self,
+        a: Panels<M, CHUNKS>,
+        row: u32,
+        b: Panels<N, CHUNKS>,
+        first: u32,
+    ) -> Self {
         const { assert!(8 * TILES as u32 == N) };
-        let row = isa::opaque(row);
-        for step in 0..CHUNKS / 2 {
+        for step in first..CHUNKS / 2 {
             // SAFETY: the caller's promise.
             unsafe { T::wgmma(&mut self.0, a.along_k(row, step), b.along_k(0, step)) };
         }
