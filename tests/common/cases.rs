@@ -5,7 +5,7 @@ use ferroflash::{
     AttentionSpec, Batch, DType, Device, Kv, KvTable, NaturalLog, PageLists, Splits, Tensor, TreeMask,
 };
 
-use super::reference::{Features, attend};
+use super::reference::{Features, attend, score_rounding};
 use super::{Elements, Rng, is_gpu, rounded};
 
 /// Where a case keeps its KV.
@@ -204,6 +204,7 @@ impl Problem {
                         self.tree_visible(s, token, column) && self.listed(s, token, kv_head, column)
                     };
                     let (o, lse) = attend::<f64>(q, q_pos, k, v, &features, visible, |p| p);
+                    exact.moved.extend(score_rounding(q, q_pos, k, v, &features, visible, (&o, lse)));
                     exact.out.extend(o);
                     exact.lse.push(lse);
                     let (o, lse) = attend::<f32>(q, q_pos, k, v, &features, visible, |p| {
@@ -251,11 +252,12 @@ impl Problem {
         Outcome { out: Elements::of_tensor(&out).to_f32(), lse: lse.to_vec().unwrap() }
     }
 
-    /// Compares with the oracle: the error may be twice the naive implementation's, plus a floor of
-    /// rounding in the accumulation.
+    /// Compares with the oracle: the error may be twice the naive implementation's, plus what one rounding of
+    /// the scores moves, plus a floor of rounding in the accumulation.
     pub fn check(&self, device: &Device, outcome: &Outcome) -> Result<(), String> {
         let (exact, naive) = self.truth(is_gpu(device));
-        compare("O", &outcome.out, &exact.out, &naive.out, 2e-6)?;
+        let allowed = allowance(&exact.out, &naive.out, 2e-6);
+        compare_within("O", &outcome.out, &exact.out, |i| allowed + exact.moved[i])?;
         compare("LSE", &outcome.lse, &exact.lse, &naive.lse, 4e-6)
     }
 }
@@ -265,20 +267,37 @@ impl Problem {
 pub struct Outcome64 {
     pub out: Vec<f64>,
     pub lse: Vec<f64>,
+    /// How far a rounding of the scores moves each element of `out`; of the exact ones only.
+    pub moved: Vec<f64>,
 }
 
-/// Largest error against the exact values, bounded by twice the naive one plus `floor` times the
-/// largest magnitude (at least 1).
+/// Compares with the exact values, within their [`allowance`].
 pub fn compare(what: &str, got: &[f32], exact: &[f64], naive: &[f64], floor: f64) -> Result<(), String> {
-    assert_eq!(got.len(), exact.len());
+    let allowed = allowance(exact, naive, floor);
+    compare_within(what, got, exact, |_| allowed)
+}
+
+/// The error allowed: twice the naive one's largest, plus `floor` times the largest magnitude (at least 1).
+fn allowance(exact: &[f64], naive: &[f64], floor: f64) -> f64 {
     let finite = |x: &&f64| x.is_finite();
     let magnitude = exact.iter().filter(finite).fold(1.0f64, |m, x| m.max(x.abs()));
     let mut allowed = 0.0f64;
     for (n, e) in naive.iter().zip(exact).filter(|(_, e)| e.is_finite()) {
         allowed = allowed.max((n - e).abs());
     }
-    let allowed = 2.0 * allowed + floor * magnitude;
+    2.0 * allowed + floor * magnitude
+}
+
+/// Compares each value with the exact one, within the error that its index allows.
+fn compare_within(
+    what: &str,
+    got: &[f32],
+    exact: &[f64],
+    allowed: impl Fn(usize) -> f64,
+) -> Result<(), String> {
+    assert_eq!(got.len(), exact.len());
     for (i, (&g, &e)) in got.iter().zip(exact).enumerate() {
+        let allowed = allowed(i);
         let same = if e.is_finite() { (g as f64 - e).abs() <= allowed } else { g as f64 == e };
         if !same {
             return Err(format!("{what}[{i}] is {g}, exact {e}, error allowed {allowed:e}"));

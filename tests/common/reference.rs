@@ -61,28 +61,8 @@ pub fn attend<T: Real>(
     visible: impl Fn(usize) -> bool,
     round_weight: impl Fn(T) -> T,
 ) -> (Vec<f64>, f64) {
-    let dim = q.len();
-    let v_dim = f.v_head_dim.unwrap_or(dim);
-    let mut scores: Vec<(usize, T)> = Vec::new();
-    for (k_pos, key) in keys.iter().enumerate() {
-        let distance = q_pos - k_pos as i64;
-        let in_window = f.window.is_none_or(|w| distance < w as i64) || (k_pos as i64) < f.num_sinks as i64;
-        if f.causal && distance < 0 || !in_window || !visible(k_pos) {
-            continue;
-        }
-        let mut score = T::of(0.0);
-        for d in 0..dim {
-            score += T::of(q[d] as f64) * T::of(key[d] as f64);
-        }
-        score = score * T::of(f.scale);
-        if let Some(cap) = f.soft_cap {
-            score = T::of(cap as f64) * (score / T::of(cap as f64)).tanh();
-        }
-        if let Some(slope) = f.alibi_slope {
-            score += T::of(slope as f64) * T::of(-distance as f64);
-        }
-        scores.push((k_pos, score));
-    }
+    let v_dim = f.v_head_dim.unwrap_or(q.len());
+    let scores = scores::<T>(q, q_pos, keys, f, visible);
     let sink = f.sink_logit.map(|s| T::of(s as f64));
     let mut all: Vec<T> = scores.iter().map(|s| s.1).chain(sink).collect();
     let Some(&first) = all.first() else { return (vec![0.0; v_dim], f64::NEG_INFINITY) };
@@ -100,6 +80,61 @@ pub fn attend<T: Real>(
     }
     out.iter_mut().for_each(|o| *o = *o / total);
     (out.into_iter().map(T::f64).collect(), (max + total.ln()).f64())
+}
+
+/// The scores of the keys that the row sees, with their positions.
+fn scores<T: Real>(
+    q: &[f32],
+    q_pos: i64,
+    keys: &[Vec<f32>],
+    f: &Features,
+    visible: impl Fn(usize) -> bool,
+) -> Vec<(usize, T)> {
+    let mut scores = Vec::new();
+    for (k_pos, key) in keys.iter().enumerate() {
+        let distance = q_pos - k_pos as i64;
+        let in_window = f.window.is_none_or(|w| distance < w as i64) || (k_pos as i64) < f.num_sinks as i64;
+        if f.causal && distance < 0 || !in_window || !visible(k_pos) {
+            continue;
+        }
+        let mut score = T::of(0.0);
+        for d in 0..q.len() {
+            score += T::of(q[d] as f64) * T::of(key[d] as f64);
+        }
+        score = score * T::of(f.scale);
+        if let Some(cap) = f.soft_cap {
+            score = T::of(cap as f64) * (score / T::of(cap as f64)).tanh();
+        }
+        if let Some(slope) = f.alibi_slope {
+            score += T::of(slope as f64) * T::of(-distance as f64);
+        }
+        scores.push((k_pos, score));
+    }
+    scores
+}
+
+/// How far a rounding to f32 of each score can move the elements of O, to first order: O moves with score `j` by
+/// `p_j * (v_j - O)`, and a sum of products is rounded by up to half a unit of the sum of their magnitudes. Large
+/// logits make this more than all else, and what an implementation in f32 shows of it is one draw of chance.
+pub fn score_rounding(
+    q: &[f32],
+    q_pos: i64,
+    keys: &[Vec<f32>],
+    values: &[Vec<f32>],
+    f: &Features,
+    visible: impl Fn(usize) -> bool,
+    (out, lse): (&[f64], f64),
+) -> Vec<f64> {
+    let mut moved = vec![0.0; out.len()];
+    for (k_pos, score) in scores::<f64>(q, q_pos, keys, f, visible) {
+        let products = q.iter().zip(&keys[k_pos]).map(|(&q, &k)| (q as f64 * k as f64).abs());
+        let magnitude = products.sum::<f64>() * f.scale;
+        let weight = (score - lse).exp() * magnitude * f32::EPSILON as f64 / 2.0;
+        for (d, moved) in moved.iter_mut().enumerate() {
+            *moved += weight * (values[k_pos][d] as f64 - out[d]).abs();
+        }
+    }
+    moved
 }
 
 /// Rotates one head: `pairs[i]` are the channels of pair `i`, `angles[i]` its angle.
