@@ -5,9 +5,12 @@
 //! shapes and prints the ratios.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use ferroflash::op::append_kv::AppendPlan;
 use ferroflash::op::attention::AttentionPlan;
 use ferroflash::op::{decode, prefill};
-use ferroflash::{AttentionSpec, Batch, DType, Device, Kv, KvTable, Splits, Tensor};
+use ferroflash::{
+    AttentionSpec, Batch, DType, Device, Kv, KvCache, KvCacheSpec, KvFormat, KvTable, Splits, Tensor,
+};
 use half::{bf16, f16};
 
 /// Numbers that are neither constant nor sorted.
@@ -106,6 +109,55 @@ fn decode_bench(c: &mut Criterion) {
     }
 }
 
+/// One token over a cache of each format, as `decode`'s `paged 4096x1`; bytes are those of the format.
+fn quantized_bench(c: &mut Criterion) {
+    let device = Device::auto();
+    let mut group = c.benchmark_group("quantized");
+    group.sample_size(10);
+    let (heads, kv_heads, dim, page_size, len) = (32, 8, 128, 64, 4096);
+    let (pages, one, all, seq_lens) = (len / page_size, [0, 1], [0, len as u32], [len as u32]);
+    let table: Vec<u32> = (0..pages).map(|i| (i * 7919 % pages) as u32).collect();
+    let kv = KvTable::Block { page_size, block_table: &table, max_blocks: pages, seq_lens: &seq_lens };
+    let q = tensor(&device, DType::BF16, &[1, heads, dim]);
+    let k = tensor(&device, DType::BF16, &[len, kv_heads, dim]);
+    let mut out = tensor(&device, DType::BF16, &[1, heads, dim]);
+    let formats = [
+        ("bf16", KvFormat::Float(DType::BF16)),
+        ("int4", KvFormat::int4(1)),
+        ("int8", KvFormat::INT8),
+        ("fp8", KvFormat::FP8),
+    ];
+    for (name, format) in formats {
+        let spec = KvCacheSpec {
+            num_pages: pages,
+            page_size,
+            num_kv_heads: kv_heads,
+            head_dim: dim,
+            format,
+            summaries: false,
+        };
+        group.throughput(Throughput::BytesDecimal((pages * spec.page_bytes()) as u64));
+        let mut cache = KvCache::new(&device, spec).expect("enough memory");
+        let spec = AttentionSpec {
+            quantized_kv: format.is_quantized(),
+            ..AttentionSpec::new(heads, kv_heads, dim).causal()
+        };
+        let tail_slots: &[u32] = if format.has_tails() { &[0] } else { &[] };
+        let all = Batch { tail_slots, ..Batch::new(&all, kv) };
+        let append = AppendPlan::from_batch(&device, &spec, None, &all).expect("a valid batch");
+        append.run(None, k.view(), k.view(), cache.view_mut()).expect("the planned tensors");
+        let step = Batch { tail_slots, ..Batch::new(&one, kv) };
+        let mut plan = decode::plan(&device, &spec, &step, Splits::Auto).expect("a valid batch");
+        group.bench_function(BenchmarkId::new(format!("decode {len}x1"), name), |b| {
+            b.iter(|| run(&mut plan, &q, cache.view(), &mut out));
+        });
+        group.throughput(Throughput::Elements(len as u64));
+        group.bench_function(BenchmarkId::new(format!("append {len}"), name), |b| {
+            b.iter(|| append.run(None, k.view(), k.view(), cache.view_mut()).expect("the planned tensors"));
+        });
+    }
+}
+
 fn run(plan: &mut AttentionPlan, q: &Tensor, kv: Kv<'_>, out: &mut Tensor) {
     plan.run(q.view(), kv, out.view_mut(), None).expect("the planned tensors");
 }
@@ -124,5 +176,5 @@ fn read_bench(c: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, read_bench, prefill_bench, decode_bench);
+criterion_group!(benches, read_bench, prefill_bench, decode_bench, quantized_bench);
 criterion_main!(benches);

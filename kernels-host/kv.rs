@@ -73,7 +73,7 @@ impl KvMut<'_> {
 }
 
 /// One side, keys or values, of quantised pages; each may have a form of its own. `T` is a [`View`], a [`ViewMut`] or a tensor.
-/// Codes are u8 `[num_pages, num_kv_heads, page_size, ...]`; NaN is written as what 0 is.
+/// Codes are u8 `[num_pages, num_kv_heads, page_size, ...]`; NaN is written as 0.
 #[derive(Clone, Copy, Debug)]
 pub enum QuantPages<T> {
     /// f16 `[num_pages, num_kv_heads, page_size, head_dim]`.

@@ -58,8 +58,8 @@ fn a_round_trip_is_within_half_a_step() {
     }
 }
 
-/// What is beyond a form's range is clamped, and NaN is what 0 is, or a group's minimum: nothing that attention reads is not
-/// a number.
+/// What is beyond a form's range is clamped, and NaN is 0, also where a whole group is: nothing that attention reads is not a
+/// number.
 #[test]
 fn what_no_code_stands_for_is_clamped() {
     for (device, code) in devices().into_iter().flat_map(|d| CODES[1..].iter().map(move |&c| (d.clone(), c)))
@@ -67,6 +67,9 @@ fn what_no_code_stands_for_is_clamped() {
         let mut memory = Memory::new(&device, [code; 2], [1, 1, 32, 64], 1);
         let mut x = vec![1.0f32; 32 * 64];
         (x[3], x[64], x[130]) = (f32::NAN, 1e30, f32::NEG_INFINITY);
+        // A token, and a channel.
+        x[5 * 64..6 * 64].fill(f32::NAN);
+        (0..32).for_each(|token| x[token * 64 + 7] = f32::NAN);
         let new = on(&device, &x, &[32, 1, 64]);
         quantized::quantize(&device, new.view(), new.view(), memory.view_mut()).unwrap();
         memory.fetch();
@@ -75,6 +78,10 @@ fn what_no_code_stands_for_is_clamped() {
         for which in [0, 1] {
             let (large, small) = (memory.read(which, 0, 0, 1, 0).0, memory.read(which, 0, 0, 2, 2).0);
             assert!(large > 100.0 && small < -100.0, "{code:?} {which} {large} {small} {device:?}");
+            for (token, channel) in [(0, 3), (5, 20), (9, 7)] {
+                let zero = memory.read(which, 0, 0, token, channel).0;
+                assert!(zero.abs() < 0.01, "{code:?} {which} {zero} {device:?}");
+            }
         }
     }
 }

@@ -1,5 +1,4 @@
-//! How a value becomes a code of quantised KV: the same arithmetic on every device. NaN becomes what 0 does, or a group's
-//! minimum.
+//! How a value becomes a code of quantised KV: the same arithmetic on every device. NaN becomes what 0 does.
 
 /// Conversion to f16 and back, nearest even: the device's instruction, or the host's.
 pub trait F16Bits {
@@ -18,11 +17,18 @@ pub const INT4_K_MAX: f32 = 65504.0;
 /// Largest scale of int8: with 128 times it products of f16 are still finite.
 const INT8_MAX_SCALE: f32 = 511.0;
 
+/// `x`, of size `max` at most; 0 of NaN.
+#[inline(always)]
+pub fn clamped(x: f32, max: f32) -> f32 {
+    let x = if x > max { max } else { x };
+    let x = if x < -max { -max } else { x };
+    if x.is_nan() { 0.0 } else { x }
+}
+
 /// `x` as f16, clamped to `max`.
 #[inline(always)]
 pub fn to_f16<F: F16Bits>(x: f32, max: f32) -> f32 {
-    let x = if x > max { max } else { x };
-    F::value(F::bits(if x < -max { -max } else { x }))
+    F::value(F::bits(clamped(x, max)))
 }
 
 /// Bits of the least f16 that is not below `x`, which is not negative.
@@ -32,10 +38,13 @@ fn not_below<F: F16Bits>(x: f32) -> u32 {
     if F::value(bits) < x { bits + 1 } else { bits }
 }
 
+/// The nearest integer from 0 to `most`, halves up; 0 of NaN.
 #[inline(always)]
 fn nearest(x: f32, most: f32) -> u32 {
     let x = x + 0.5;
-    if x < most { x as u32 } else { most as u32 }
+    let x = if x > most { most } else { x };
+    // SAFETY: between 0 and `most`, whose codes are bytes. Compilers make vectors of this, not of a cast that saturates.
+    unsafe { (if x > 0.0 { x } else { 0.0 }).to_int_unchecked::<i32>() as u32 }
 }
 
 /// Code of a value over its scale: fp8 e4m3, nearest even, saturating.
@@ -148,6 +157,17 @@ mod tests {
         // By the format's definition: the least number, the least normal one, the greatest.
         assert_eq!([1, 8, 0x38, 0x7e].map(fp8_value), [1.0 / 512.0, 1.0 / 64.0, 1.0, 448.0]);
         assert_eq!([1e9, -449.0, f32::INFINITY, f32::NAN].map(fp8_code), [0x7e, 0xfe, 0x7e, 0]);
+    }
+
+    #[test]
+    fn what_is_no_number_has_a_code() {
+        assert_eq!(
+            [f32::NAN, f32::INFINITY, -1e9, 2.5].map(|x| to_f16::<Host>(x, 64.0)),
+            [0.0, 64.0, -64.0, 2.5]
+        );
+        assert_eq!(int8_code(f32::NAN, 0.5), 0);
+        assert_eq!([int8_code(f32::INFINITY, 0.5), int8_code(f32::NEG_INFINITY, 0.5)], [127, 129]);
+        assert_eq!([int8_code(0.5, 0.0), int4_code(1.0, 1.0, 0.0)], [0, 0]);
     }
 
     #[test]

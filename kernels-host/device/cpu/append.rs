@@ -12,6 +12,9 @@ use crate::op::append_kv::AppendPlan;
 use crate::spec::RopeStyle;
 use crate::tensor::DType;
 
+/// Channels of a head at most, where KV is appended.
+pub(super) const MAX_DIM: usize = 256;
+
 pub(super) fn append_kv(cpu: &Cpu, call: AppendCall<'_>) {
     let AppendCall { plan, q, k, v, kv } = call;
     let job = Append {
@@ -97,7 +100,7 @@ impl Task for RotateQ<'_> {
     unsafe fn run<S: Simd>(self) {
         let plan = self.job.plan;
         let Some((q, heads)) = &self.job.q else { return };
-        let mut row = [0f32; 256];
+        let mut row = [0f32; MAX_DIM];
         for token in self.range {
             for head in 0..*heads {
                 let at = q.at(token, head);
@@ -123,7 +126,7 @@ impl Task for WriteHead<'_> {
         let WriteHead { job, head } = self;
         let plan = job.plan;
         let dim = plan.head_dim;
-        let (mut k, mut v) = ([0f32; 256], [0f32; 256]);
+        let (mut k, mut v) = ([0f32; MAX_DIM], [0f32; MAX_DIM]);
         for token in 0..plan.num_tokens() {
             let Some((page, offset)) = plan.slot(token) else { continue };
             load_row_as::<S>(job.k.dtype, job.k.at(token, head), k.as_mut_ptr(), dim);
@@ -137,7 +140,7 @@ impl Task for WriteHead<'_> {
                     if let Some((summary_dtype, summaries)) = summaries {
                         // What attention will read, not what came in, bounds the scores.
                         load_row_as::<S>(*dtype, to, k.as_mut_ptr(), dim);
-                        let mut bound = [0f32; 256];
+                        let mut bound = [0f32; MAX_DIM];
                         for (side, further) in [(0, f32::min as fn(f32, f32) -> f32), (1, f32::max)] {
                             let row = summaries.at(page, head, side).cast_mut();
                             if offset == 0 {
@@ -153,8 +156,8 @@ impl Task for WriteHead<'_> {
                 To::Quantized { k: k_rows, v: v_rows } => {
                     let tail = plan.tail_slots.get(token).map_or(0, |&tail| tail as usize);
                     let (at, place) = ((page, head, offset), (tail, plan.positions[token] as usize));
-                    k_rows.store(at, place, &k[..dim]);
-                    v_rows.store(at, place, &v[..dim]);
+                    k_rows.store::<S>(at, place, &k[..dim]);
+                    v_rows.store::<S>(at, place, &v[..dim]);
                 }
             }
         }
@@ -163,7 +166,7 @@ impl Task for WriteHead<'_> {
 
 /// Rotates the first `rotary_dim` channels by the token's angles.
 #[inline(always)]
-fn rotate(plan: &AppendPlan, token: usize, row: &mut [f32; 256]) {
+fn rotate(plan: &AppendPlan, token: usize, row: &mut [f32; MAX_DIM]) {
     let half = plan.rotary_dim / 2;
     let cos = &plan.cos[token * half..][..half];
     let sin = &plan.sin[token * half..][..half];

@@ -3,14 +3,15 @@
 #![allow(unsafe_op_in_unsafe_fn)]
 
 use ferroflash_kernels::abi::codec::{
-    F16Bits, INT4_K_MAX, INT4_V_MAX, fp8_code, fp8_value, int4_code, int4_scale, int4_v_params, int4_v_range,
-    int8_code, int8_scale, to_f16,
+    F16Bits, INT4_K_MAX, INT4_V_MAX, clamped, fp8_code, int4_code, int4_scale, int4_v_params, int4_v_range,
+    int8_code, int8_scale,
 };
 use ferroflash_kernels::abi::{INT4_GROUP, INT4_SHIFTS, Sequence};
 use half::f16;
 
 use super::Cpu;
-use super::convert::load_row;
+use super::append::MAX_DIM;
+use super::convert::{load_row, store_row};
 use super::kv_rows::Rows;
 use super::simd::{Simd, Task};
 use crate::device::DequantCall;
@@ -70,43 +71,42 @@ impl QuantRows {
         }
     }
 
+    // Rows are whole vectors, as quantised KV has multiples of 16 channels. Vectors stay out of closures, which are not always
+    // inlined.
     #[inline(always)]
     unsafe fn load_page<S: Simd>(&self, page: usize, head: usize, offset: usize, to: *mut f32, dim: usize) {
         match self {
             QuantRows::F16(rows) => load_row::<S, f16>(rows.at(page, head, offset).cast(), to, dim),
             QuantRows::Fp8 { codes, scales } => {
-                let (row, scale) = (codes.at(page, head, offset), *scales.add(head));
-                for i in 0..dim {
-                    *to.add(i) = fp8_value(*row.add(i) as u32) * scale;
+                let (row, scale) = (codes.at(page, head, offset), S::splat(*scales.add(head)));
+                for i in (0..dim).step_by(S::LANES) {
+                    S::store(to.add(i), S::mul(S::load_fp8(row.add(i)), scale));
                 }
             }
             QuantRows::Int8 { codes, scales } => {
                 let row = codes.at(page, head, offset).cast::<i8>();
-                let scale = (*scales.at(page, head, offset).cast::<f16>()).to_f32();
-                for i in 0..dim {
-                    *to.add(i) = *row.add(i) as f32 * scale;
+                let scale = S::splat((*scales.at(page, head, offset).cast::<f16>()).to_f32());
+                for i in (0..dim).step_by(S::LANES) {
+                    S::store(to.add(i), S::mul(S::load_i8(row.add(i)), scale));
                 }
             }
             QuantRows::Int4Keys { codes, params, .. } => {
-                let row = codes.at(page, head, offset).cast::<u32>();
-                let min: *const f16 = params.at(page, head, offset / INT4_GROUP).cast();
-                for i in (0..dim).step_by(8) {
-                    let (min, scale) = (min.add(i), min.add(dim + i));
-                    let word = row.add(i / 8).read_unaligned();
-                    for (j, shift) in INT4_SHIFTS.into_iter().enumerate() {
-                        let code = (word >> shift & 15) as f32;
-                        *to.add(i + j) = code * (*scale.add(j)).to_f32() + (*min.add(j)).to_f32();
-                    }
+                let row = codes.at(page, head, offset).cast();
+                let min: *const u16 = params.at(page, head, offset / INT4_GROUP).cast();
+                let scale = min.add(dim);
+                for i in (0..dim).step_by(S::LANES) {
+                    let (scale, min) = (S::load_f16(scale.add(i)), S::load_f16(min.add(i)));
+                    S::store(to.add(i), S::fma(S::load_int4(row, i), scale, min));
                 }
             }
             QuantRows::Int4Values { codes, params } => {
-                let row = codes.at(page, head, offset).cast::<u32>();
-                for i in (0..dim).step_by(8) {
-                    let at = params.at(page, head, i / INT4_GROUP).cast::<u16>().add(offset);
+                let row = codes.at(page, head, offset).cast();
+                for group in 0..dim / INT4_GROUP {
+                    let at = params.at(page, head, group).cast::<u16>().add(offset);
                     let (min, scale) = int4_v_range::<Host>(*at as u32);
-                    let word = row.add(i / 8).read_unaligned();
-                    for (j, shift) in INT4_SHIFTS.into_iter().enumerate() {
-                        *to.add(i + j) = (word >> shift & 15) as f32 * scale + min;
+                    let (min, scale) = (S::splat(min), S::splat(scale));
+                    for i in (group * INT4_GROUP..(group + 1) * INT4_GROUP).step_by(S::LANES) {
+                        S::store(to.add(i), S::fma(S::load_int4(row, i), scale, min));
                     }
                 }
             }
@@ -116,8 +116,9 @@ impl QuantRows {
     /// Writes a token's row; of int4 keys into the tail, and the group into its page when it is full.
     ///
     /// # Safety
-    /// All indices are within the pages; no other thread touches this token, group or tail.
-    pub(super) unsafe fn store(
+    /// The machine has `S`; all indices are within the pages; no other thread touches this token, group or tail.
+    #[inline(always)]
+    pub(super) unsafe fn store<S: Simd>(
         &self,
         (page, head, offset): (usize, usize, usize),
         (tail_slot, position): (usize, usize),
@@ -125,76 +126,120 @@ impl QuantRows {
     ) {
         match self {
             QuantRows::F16(rows) => {
-                let to = rows.at(page, head, offset).cast::<f16>().cast_mut();
-                row.iter().enumerate().for_each(|(i, &x)| *to.add(i) = f16::from_f32(x));
+                let to = rows.at(page, head, offset).cast_mut();
+                store_row::<S, f16>(row.as_ptr(), to.cast(), row.len());
             }
             QuantRows::Fp8 { codes, scales } => {
                 let (to, scale) = (codes.at(page, head, offset).cast_mut(), *scales.add(head));
                 row.iter().enumerate().for_each(|(i, &x)| *to.add(i) = fp8_code(x / scale) as u8);
             }
             QuantRows::Int8 { codes, scales } => {
-                let max = row.iter().fold(0.0, |max: f32, x| max.max(x.abs()));
-                let bits = int8_scale::<Host>(max);
+                let (min, max) = range(row);
+                let bits = int8_scale::<Host>(max.max(-min).max(0.0));
                 *scales.at(page, head, offset).cast::<u16>().cast_mut() = bits as u16;
                 let (to, scale) = (codes.at(page, head, offset).cast_mut(), Host::value(bits));
                 row.iter().enumerate().for_each(|(i, &x)| *to.add(i) = int8_code(x, scale) as u8);
             }
             QuantRows::Int4Keys { codes, params, tail } => {
                 let in_group = position % INT4_GROUP;
-                let to = tail.at(tail_slot, head, in_group).cast::<f16>().cast_mut();
-                for (i, &x) in row.iter().enumerate() {
-                    *to.add(i) = f16::from_f32(to_f16::<Host>(x, INT4_K_MAX));
-                }
+                let to_tail = |token| tail.at(tail_slot, head, token).cast::<f16>().cast_mut();
+                store_clamped::<S>(row, INT4_K_MAX, to_tail(in_group));
                 if in_group == INT4_GROUP - 1 {
                     let first = offset - in_group;
                     let params = params.at(page, head, first / INT4_GROUP).cast::<f16>().cast_mut();
-                    let rows = |token| tail.at(tail_slot, head, token).cast::<f16>();
-                    flush(rows, row.len(), params, |token| codes.at(page, head, first + token).cast_mut());
+                    let to = |token| codes.at(page, head, first + token).cast_mut();
+                    flush::<S>(|token| to_tail(token).cast_const(), row.len(), params, to);
                 }
             }
             QuantRows::Int4Values { codes, params } => {
                 let to = codes.at(page, head, offset).cast_mut();
-                for (group, values) in row.chunks_exact(INT4_GROUP).enumerate() {
-                    let values: [f32; INT4_GROUP] =
-                        std::array::from_fn(|i| to_f16::<Host>(values[i], INT4_V_MAX));
-                    let (min, max) = range(values.into_iter());
+                let (mut rounded, mut values) = ([f16::ZERO; INT4_GROUP], [0f32; INT4_GROUP]);
+                for (group, row) in row.chunks_exact(INT4_GROUP).enumerate() {
+                    store_clamped::<S>(row, INT4_V_MAX, rounded.as_mut_ptr());
+                    load_row::<S, f16>(rounded.as_ptr(), values.as_mut_ptr(), INT4_GROUP);
+                    let (min, max) = range(&values);
                     let bits = int4_v_params::<Host>(min, max);
                     *params.at(page, head, group).cast::<u16>().cast_mut().add(offset) = bits as u16;
                     let (min, scale) = int4_v_range::<Host>(bits);
-                    pack(to.add(group * INT4_GROUP / 2), INT4_GROUP, |i| int4_code(values[i], min, scale));
+                    let mut code = [0; INT4_GROUP];
+                    for (code, &x) in code.iter_mut().zip(&values) {
+                        *code = int4_code(x, min, scale);
+                    }
+                    pack(to.add(group * INT4_GROUP / 2), &code);
                 }
             }
         }
     }
 }
 
-fn range(values: impl Iterator<Item = f32>) -> (f32, f32) {
-    values.fold((f32::INFINITY, f32::NEG_INFINITY), |(low, high), x| (low.min(x), high.max(x)))
+/// Of no values.
+const NO_RANGE: (f32, f32) = (f32::INFINITY, f32::NEG_INFINITY);
+
+/// Least and largest, NaN left out, of a multiple of 16 values: in lanes, as the order of one fold would bind the compiler.
+#[inline(always)]
+fn range(values: &[f32]) -> (f32, f32) {
+    let (mut min, mut max) = ([NO_RANGE.0; 16], [NO_RANGE.1; 16]);
+    for values in values.as_chunks().0 {
+        widen(&mut min, &mut max, values);
+    }
+    let least = |a: f32, b: &f32| if *b < a { *b } else { a };
+    let largest = |a: f32, b: &f32| if *b > a { *b } else { a };
+    (min.iter().fold(NO_RANGE.0, least), max.iter().fold(NO_RANGE.1, largest))
+}
+
+/// Takes values into ranges, NaN left out. Not by `f32::min`, which costs three instructions.
+#[inline(always)]
+fn widen<const N: usize>(min: &mut [f32; N], max: &mut [f32; N], values: &[f32; N]) {
+    for i in 0..N {
+        min[i] = if values[i] < min[i] { values[i] } else { min[i] };
+        max[i] = if values[i] > max[i] { values[i] } else { max[i] };
+    }
+}
+
+/// Writes a row as f16 of size `max` at most; NaN as 0.
+#[inline(always)]
+unsafe fn store_clamped<S: Simd>(row: &[f32], max: f32, to: *mut f16) {
+    let mut within = [0f32; MAX_DIM];
+    for (to, &x) in within.iter_mut().zip(row) {
+        *to = clamped(x, max);
+    }
+    store_row::<S, f16>(within.as_ptr(), to, row.len());
 }
 
 /// Quantises a group of keys.
-unsafe fn flush(
+#[inline(always)]
+unsafe fn flush<S: Simd>(
     rows: impl Fn(usize) -> *const f16,
     dim: usize,
     params: *mut f16,
     codes: impl Fn(usize) -> *mut u8,
 ) {
-    let value = |token: usize, d: usize| (*rows(token).add(d)).to_f32();
-    for d in 0..dim {
-        let (min, max) = range((0..INT4_GROUP).map(|token| value(token, d)));
-        *params.add(d) = f16::from_f32(min); // exact: tails hold f16
-        *params.add(dim + d) = f16::from_f32(int4_scale::<Host>(min, max));
-    }
+    let (mut row, mut scale, mut code) = ([0f32; MAX_DIM], [0f32; MAX_DIM], [0; MAX_DIM]);
+    let (mut min, mut max) = ([NO_RANGE.0; MAX_DIM], [NO_RANGE.1; MAX_DIM]);
     for token in 0..INT4_GROUP {
-        let range = |d: usize| ((*params.add(d)).to_f32(), (*params.add(dim + d)).to_f32());
-        pack(codes(token), dim, |d| int4_code(value(token, d), range(d).0, range(d).1));
+        load_row::<S, f16>(rows(token), row.as_mut_ptr(), dim);
+        widen(&mut min, &mut max, &row);
+    }
+    for d in 0..dim {
+        scale[d] = int4_scale::<Host>(min[d], max[d]);
+    }
+    store_row::<S, f16>(min.as_ptr(), params, dim); // exact, as of the scales: f16 both
+    store_row::<S, f16>(scale.as_ptr(), params.add(dim), dim);
+    for token in 0..INT4_GROUP {
+        load_row::<S, f16>(rows(token), row.as_mut_ptr(), dim);
+        for d in 0..dim {
+            code[d] = int4_code(row[d], min[d], scale[d]);
+        }
+        pack(codes(token), &code[..dim]);
     }
 }
 
-unsafe fn pack(to: *mut u8, dim: usize, code: impl Fn(usize) -> u32) {
-    for i in (0..dim).step_by(8) {
-        let word = (0..8).fold(0, |word, j| word | code(i + j) << INT4_SHIFTS[j]);
-        to.add(i / 2).cast::<u32>().write_unaligned(word.to_le());
+/// Writes codes of four bits, eight a word.
+#[inline(always)]
+unsafe fn pack(to: *mut u8, codes: &[u32]) {
+    for (i, codes) in codes.as_chunks::<8>().0.iter().enumerate() {
+        let word = (0..8).fold(0, |word, j| word | codes[j] << INT4_SHIFTS[j]);
+        to.add(4 * i).cast::<u32>().write_unaligned(word.to_le());
     }
 }
 

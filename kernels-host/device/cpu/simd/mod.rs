@@ -13,6 +13,7 @@ mod x86;
 
 use std::sync::OnceLock;
 
+use ferroflash_kernels::abi::INT4_SHIFTS;
 pub use portable::Portable;
 
 /// An instruction set that this build can use.
@@ -127,6 +128,10 @@ pub unsafe trait Simd: Copy + 'static {
     unsafe fn load_i8(p: *const i8) -> Self::V;
     /// `2 * LANES` nibbles of `LANES` bytes as numbers 0 to 15: the low ones, then the high ones.
     unsafe fn load_nibbles(p: *const u8) -> (Self::V, Self::V);
+    /// int4 codes of channels `at..at + LANES` as numbers 0 to 15, from words of eight in [`INT4_SHIFTS`]' order.
+    unsafe fn load_int4(words: *const u32, at: usize) -> Self::V;
+    /// e4m3 as numbers.
+    unsafe fn load_fp8(p: *const u8) -> Self::V;
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
@@ -184,5 +189,49 @@ pub unsafe trait Simd: Copy + 'static {
         let e = Self::exp2(Self::mul(x, Self::splat(2.0 * std::f32::consts::LOG2_E)));
         let two = Self::splat(2.0);
         Self::sub(Self::splat(1.0), Self::div(two, Self::add(e, Self::splat(1.0))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ferroflash_kernels::abi::codec::fp8_value;
+
+    use super::*;
+
+    /// All codes of fp8, and four bits of these bytes.
+    struct Codes;
+
+    impl Task for Codes {
+        type Out = (Vec<f32>, Vec<f32>);
+
+        #[inline(always)]
+        unsafe fn run<S: Simd>(self) -> Self::Out {
+            let bytes: [u8; 256] = std::array::from_fn(|i| i as u8);
+            let (mut fp8, mut int4) = (vec![0.0; 256], vec![0.0; 512]);
+            for i in (0..256).step_by(S::LANES) {
+                S::store(fp8.as_mut_ptr().add(i), S::load_fp8(bytes.as_ptr().add(i)));
+            }
+            for i in (0..512).step_by(S::LANES) {
+                S::store(int4.as_mut_ptr().add(i), S::load_int4(bytes.as_ptr().cast(), i));
+            }
+            (fp8, int4)
+        }
+    }
+
+    #[test]
+    fn every_set_reads_codes_alike() {
+        for level in [SimdLevel::Portable, SimdLevel::Avx2, SimdLevel::Avx512, SimdLevel::Neon] {
+            if !level.is_available() {
+                continue;
+            }
+            let (fp8, int4) = level.run(Codes);
+            for (code, x) in fp8.iter().enumerate() {
+                assert_eq!(x.to_bits(), fp8_value(code as u32).to_bits(), "{code:#x} {level:?}");
+            }
+            for (channel, x) in int4.iter().enumerate() {
+                let word = u32::from_le_bytes(std::array::from_fn(|i| (channel / 8 * 4 + i) as u8));
+                assert_eq!(*x, (word >> INT4_SHIFTS[channel % 8] & 15) as f32, "{channel} {level:?}");
+            }
+        }
     }
 }

@@ -3,7 +3,9 @@
 
 use std::arch::aarch64::*;
 
-use super::Simd;
+use ferroflash_kernels::abi::codec::fp8_value;
+
+use super::{INT4_SHIFTS, Simd};
 
 #[derive(Clone, Copy)]
 pub(super) struct Neon;
@@ -66,6 +68,18 @@ unsafe impl Simd for Neon {
         let x = p.cast::<[u8; 4]>().read_unaligned().map(|x| x as u32);
         let x = vld1q_u32(x.as_ptr());
         (vcvtq_f32_u32(vandq_u32(x, vdupq_n_u32(15))), vcvtq_f32_u32(vshrq_n_u32::<4>(x)))
+    }
+    #[inline(always)]
+    unsafe fn load_int4(words: *const u32, at: usize) -> Self::V {
+        let word = vdupq_n_u32(words.add(at / 8).read_unaligned());
+        // To the right: shifts by less than nothing.
+        let shifts = vnegq_s32(vreinterpretq_s32_u32(vld1q_u32(INT4_SHIFTS.as_ptr().add(at % 8))));
+        vcvtq_f32_u32(vandq_u32(vshlq_u32(word, shifts), vdupq_n_u32(15)))
+    }
+    #[inline(always)]
+    unsafe fn load_fp8(p: *const u8) -> Self::V {
+        let x = p.cast::<[u8; 4]>().read_unaligned().map(|code| fp8_value(code as u32));
+        vld1q_f32(x.as_ptr())
     }
     #[inline(always)]
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V {

@@ -1,7 +1,9 @@
 //! Plain Rust, whatever the compiler makes of it.
 #![allow(unsafe_op_in_unsafe_fn)]
 
-use super::Simd;
+use ferroflash_kernels::abi::codec::fp8_value;
+
+use super::{INT4_SHIFTS, Simd};
 
 /// Eight lanes of plain Rust.
 #[derive(Clone, Copy)]
@@ -50,6 +52,15 @@ unsafe impl Simd for Portable {
     unsafe fn load_nibbles(p: *const u8) -> (Self::V, Self::V) {
         let bytes = p.cast::<[u8; 8]>().read_unaligned();
         (bytes.map(|x| (x & 15) as f32), bytes.map(|x| (x >> 4) as f32))
+    }
+    #[inline(always)]
+    unsafe fn load_int4(words: *const u32, at: usize) -> Self::V {
+        let word = words.add(at / 8).read_unaligned();
+        INT4_SHIFTS.map(|shift| (word >> shift & 15) as f32)
+    }
+    #[inline(always)]
+    unsafe fn load_fp8(p: *const u8) -> Self::V {
+        p.cast::<[u8; 8]>().read_unaligned().map(|code| fp8_value(code as u32))
     }
     #[inline(always)]
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V {

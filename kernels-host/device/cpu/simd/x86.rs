@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Simd, Task};
+use super::{INT4_SHIFTS, Simd, Task};
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 pub(super) unsafe fn run_avx512<T: Task>(task: T) -> T::Out {
@@ -16,6 +16,12 @@ pub(super) unsafe fn run_avx2<T: Task>(task: T) -> T::Out {
 }
 
 const ROUND: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+
+// e4m3's exponent and mantissa in their places of an f32, and what the biases differ by. Codes without an exponent are what
+// their mantissa adds to the least number that has one: f32 without an exponent would be slow.
+const FP8_SIZE: i32 = 0x7f << 20;
+const FP8_BIAS: i32 = (127 - 7) << 23;
+const FP8_LEAST: f32 = 1.0 / 64.0;
 
 #[derive(Clone, Copy)]
 pub(super) struct Avx512;
@@ -71,6 +77,25 @@ unsafe impl Simd for Avx512 {
         let x = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
         let low = _mm512_and_si512(x, _mm512_set1_epi32(15));
         (_mm512_cvtepi32_ps(low), _mm512_cvtepi32_ps(_mm512_srli_epi32::<4>(x)))
+    }
+    #[inline(always)]
+    unsafe fn load_int4(words: *const u32, at: usize) -> Self::V {
+        let words = _mm512_castsi128_si512(_mm_loadl_epi64(words.add(at / 8).cast()));
+        let which = _mm512_inserti64x4::<1>(_mm512_setzero_si512(), _mm256_set1_epi32(1));
+        let shifts = _mm512_broadcast_i64x4(_mm256_loadu_si256(INT4_SHIFTS.as_ptr().cast()));
+        let codes = _mm512_srlv_epi32(_mm512_permutexvar_epi32(which, words), shifts);
+        _mm512_cvtepi32_ps(_mm512_and_si512(codes, _mm512_set1_epi32(15)))
+    }
+    #[inline(always)]
+    unsafe fn load_fp8(p: *const u8) -> Self::V {
+        let x = _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()));
+        let size = _mm512_and_si512(_mm512_slli_epi32::<20>(x), _mm512_set1_epi32(FP8_SIZE));
+        let normal = _mm512_castsi512_ps(_mm512_add_epi32(size, _mm512_set1_epi32(FP8_BIAS)));
+        let least = _mm512_set1_ps(FP8_LEAST);
+        let above = _mm512_or_ps(_mm512_castsi512_ps(size), least);
+        let is_small = _mm512_cmplt_epi32_mask(size, _mm512_set1_epi32(1 << 23));
+        let size = _mm512_mask_sub_ps(normal, is_small, above, least);
+        _mm512_or_ps(size, _mm512_and_ps(_mm512_castsi512_ps(x), _mm512_set1_ps(-0.0)))
     }
     #[inline(always)]
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
@@ -226,6 +251,24 @@ unsafe impl Simd for Avx2 {
         let x = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()));
         let low = _mm256_and_si256(x, _mm256_set1_epi32(15));
         (_mm256_cvtepi32_ps(low), _mm256_cvtepi32_ps(_mm256_srli_epi32::<4>(x)))
+    }
+    #[inline(always)]
+    unsafe fn load_int4(words: *const u32, at: usize) -> Self::V {
+        let word = _mm256_set1_epi32(words.add(at / 8).read_unaligned() as i32);
+        let codes = _mm256_srlv_epi32(word, _mm256_loadu_si256(INT4_SHIFTS.as_ptr().cast()));
+        _mm256_cvtepi32_ps(_mm256_and_si256(codes, _mm256_set1_epi32(15)))
+    }
+    #[inline(always)]
+    unsafe fn load_fp8(p: *const u8) -> Self::V {
+        let x = _mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()));
+        let size = _mm256_and_si256(_mm256_slli_epi32::<20>(x), _mm256_set1_epi32(FP8_SIZE));
+        let normal = _mm256_castsi256_ps(_mm256_add_epi32(size, _mm256_set1_epi32(FP8_BIAS)));
+        let least = _mm256_castps_si256(_mm256_set1_ps(FP8_LEAST));
+        let above = _mm256_castsi256_ps(_mm256_or_si256(size, least));
+        let small = _mm256_sub_ps(above, _mm256_castsi256_ps(least));
+        let is_small = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(1 << 23), size));
+        let size = _mm256_blendv_ps(normal, small, is_small);
+        _mm256_or_ps(size, _mm256_and_ps(_mm256_castsi256_ps(x), _mm256_set1_ps(-0.0)))
     }
     #[inline(always)]
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
