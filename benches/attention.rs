@@ -1,8 +1,8 @@
 //! Attention on this machine's CPU: `cargo bench --bench attention`.
 //!
 //! Prefill counts the lower half of the matrix (two products, causal): its `Gelem/s` are GFLOP/s. Decode
-//! counts the bytes of K and V, read once, in GB/s. `benches/peers/torch_cpu.py` times torch on the same
-//! shapes and prints the ratios.
+//! counts the bytes of K and V, read once, in GB/s; `quantized` does so for each KV format, and appends tokens to
+//! it. `benches/peers/torch_cpu.py` times torch on the same shapes and prints the ratios.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use ferroflash::op::append_kv::AppendPlan;
@@ -109,7 +109,7 @@ fn decode_bench(c: &mut Criterion) {
     }
 }
 
-/// One token over a cache of each format, as `decode`'s `paged 4096x1`; bytes are those of the format.
+/// One token over a cache of each format, and 4096 tokens into it; bytes are those of the format.
 fn quantized_bench(c: &mut Criterion) {
     let device = Device::auto();
     let mut group = c.benchmark_group("quantized");
