@@ -176,12 +176,12 @@ impl Problem {
         Problem::new(case)
     }
 
-    /// The oracle's O and LSE in f64, and the naive implementation's in f32 rounded to the output type; with
-    /// `round_p`, weights rounded to it too, as tensor cores take them.
-    pub fn truth(&self, round_p: bool) -> (Outcome64, Outcome64) {
+    /// What results are measured by; with `round_p` the naive implementation's weights are rounded to the output type, as
+    /// tensor cores take them.
+    pub fn truth(&self, round_p: bool) -> Truth {
         let spec = &self.case.spec;
         let dim = spec.head_dim;
-        let (mut exact, mut naive) = (Outcome64::default(), Outcome64::default());
+        let Truth { mut exact, mut naive, mut moved } = Truth::default();
         for (s, &(q_len, kv_len)) in self.case.lengths.iter().enumerate() {
             for token in 0..q_len {
                 for head in 0..spec.num_q_heads {
@@ -204,7 +204,7 @@ impl Problem {
                         self.tree_visible(s, token, column) && self.listed(s, token, kv_head, column)
                     };
                     let (o, lse) = attend::<f64>(q, q_pos, k, v, &features, visible, |p| p);
-                    exact.moved.extend(score_rounding(q, q_pos, k, v, &features, visible, (&o, lse)));
+                    moved.extend(score_rounding(q, q_pos, k, v, &features, visible, (&o, lse)));
                     exact.out.extend(o);
                     exact.lse.push(lse);
                     let (o, lse) = attend::<f32>(q, q_pos, k, v, &features, visible, |p| {
@@ -215,7 +215,7 @@ impl Problem {
                 }
             }
         }
-        (exact, naive)
+        Truth { exact, naive, moved }
     }
 
     /// Runs the case, and compares with the oracle.
@@ -255,9 +255,9 @@ impl Problem {
     /// Compares with the oracle: the error may be twice the naive implementation's, plus what one rounding of
     /// the scores moves, plus a floor of rounding in the accumulation.
     pub fn check(&self, device: &Device, outcome: &Outcome) -> Result<(), String> {
-        let (exact, naive) = self.truth(is_gpu(device));
+        let Truth { exact, naive, moved } = self.truth(is_gpu(device));
         let allowed = allowance(&exact.out, &naive.out, 2e-6);
-        compare_within("O", &outcome.out, &exact.out, |i| allowed + exact.moved[i])?;
+        compare_within("O", &outcome.out, &exact.out, |i| allowed + moved[i])?;
         compare("LSE", &outcome.lse, &exact.lse, &naive.lse, 4e-6)
     }
 }
@@ -267,7 +267,16 @@ impl Problem {
 pub struct Outcome64 {
     pub out: Vec<f64>,
     pub lse: Vec<f64>,
-    /// How far a rounding of the scores moves each element of `out`; of the exact ones only.
+}
+
+/// What a case's results are measured by.
+#[derive(Default)]
+pub struct Truth {
+    /// The oracle's, in f64.
+    pub exact: Outcome64,
+    /// The naive implementation's, in f32, O rounded to the output type.
+    pub naive: Outcome64,
+    /// How far a rounding of the scores moves each element of O.
     pub moved: Vec<f64>,
 }
 

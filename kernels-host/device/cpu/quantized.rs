@@ -182,9 +182,7 @@ fn range(values: &[f32]) -> (f32, f32) {
     for values in values.as_chunks().0 {
         widen(&mut min, &mut max, values);
     }
-    let least = |a: f32, b: &f32| if *b < a { *b } else { a };
-    let largest = |a: f32, b: &f32| if *b > a { *b } else { a };
-    (min.iter().fold(NO_RANGE.0, least), max.iter().fold(NO_RANGE.1, largest))
+    (min.into_iter().fold(NO_RANGE.0, f32::min), max.into_iter().fold(NO_RANGE.1, f32::max))
 }
 
 /// Takes values into ranges, NaN left out. Not by `f32::min`, which costs three instructions.
@@ -196,14 +194,16 @@ fn widen<const N: usize>(min: &mut [f32; N], max: &mut [f32; N], values: &[f32; 
     }
 }
 
-/// Writes a row as f16 of size `max` at most; NaN as 0.
+/// Writes a row, a multiple of [`INT4_GROUP`], as f16 of size `max` at most; NaN as 0.
 #[inline(always)]
 unsafe fn store_clamped<S: Simd>(row: &[f32], max: f32, to: *mut f16) {
-    let mut within = [0f32; MAX_DIM];
-    for (to, &x) in within.iter_mut().zip(row) {
-        *to = clamped(x, max);
+    for (i, values) in row.as_chunks::<INT4_GROUP>().0.iter().enumerate() {
+        let mut within = *values;
+        for x in &mut within {
+            *x = clamped(*x, max);
+        }
+        store_row::<S, f16>(within.as_ptr(), to.add(i * INT4_GROUP), INT4_GROUP);
     }
-    store_row::<S, f16>(within.as_ptr(), to, row.len());
 }
 
 /// Quantises a group of keys.

@@ -128,7 +128,8 @@ pub unsafe trait Simd: Copy + 'static {
     unsafe fn load_i8(p: *const i8) -> Self::V;
     /// `2 * LANES` nibbles of `LANES` bytes as numbers 0 to 15: the low ones, then the high ones.
     unsafe fn load_nibbles(p: *const u8) -> (Self::V, Self::V);
-    /// int4 codes of channels `at..at + LANES` as numbers 0 to 15, from words of eight in [`INT4_SHIFTS`]' order.
+    /// int4 codes of channels `at..at + LANES` as numbers 0 to 15, from words of eight in [`INT4_SHIFTS`]' order; `at` is a
+    /// multiple of `LANES`.
     unsafe fn load_int4(words: *const u32, at: usize) -> Self::V;
     /// e4m3 as numbers.
     unsafe fn load_fp8(p: *const u8) -> Self::V;
